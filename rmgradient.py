@@ -1,0 +1,1613 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["numpy>=1.26", "scipy>=1.11", "tifffile[codecs]>=2024.2.12", "tqdm>=4.60"]
+# ///
+"""Remove the background gradient from a TIFF picture of the sky.
+
+The color of the sky is measured at points of empty sky, a smooth surface is fitted through these levels,
+and the surface is subtracted so that the background becomes level at its darkest value.
+
+    python rmgradient.py -i test_data/sky.tif -o sky_out.tif -f test_data/skypoints
+    cat test_data/skypoints | xargs python rmgradient.py -i test_data/sky.tif -o sky_out.tif -b sky_background.tif -p
+
+Points are pairs X Y of whole numbers, in pixels from the top left one (0 0), x to the right and y down. A pair with a
+minus sign before either number (-0 too) lies on the isoline of the last pair without one: it has the same background
+level as that point, and is not measured.
+"""
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+if IS_COMMAND := os.path.splitext(os.path.basename(sys.argv[0]))[0] == 'rmgradient':
+    # An interruption while the libraries load ends quietly; main() takes over later.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Our own threads take strips each; more of them inside of small matrix products would only be in their way.
+    os.environ.update(dict.fromkeys(
+        ('OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'OMP_NUM_THREADS', 'VECLIB_MAXIMUM_THREADS'), '1'))
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import errno
+import functools
+import itertools
+import logging
+import math
+import re
+import secrets
+import stat
+import struct
+import threading
+import warnings
+from typing import NamedTuple
+
+try:
+    import imagecodecs
+    import numpy as np
+    import tifffile
+    from scipy.interpolate import Rbf
+except ImportError as error:
+    if not IS_COMMAND:
+        raise
+    sys.exit(f'rmgradient: error: {error.name} is missing; '
+             'run: python -m pip install numpy scipy "tifffile[codecs]" tqdm')
+
+__version__ = '1.0.0'
+logger = logging.getLogger('rmgradient')
+
+SIGMA = 8.0  # pixels; wide enough to average the noise, narrow enough to fit between stars
+ROWS = 100  # rows read, corrected and written together
+SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the distance between points
+SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
+N_WORKERS = min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 16)
+SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+MISFIT = 6.0  # a point is worth a warning if it is off by this many standard deviations
+
+
+# ---- Errors ---------------------------------------------------------------------------------------------------------
+
+class RmgradientError(ValueError):
+    """Something that the user can correct; the message is complete."""
+
+
+# ---- Points ---------------------------------------------------------------------------------------------------------
+
+class Points(NamedTuple):
+    """Places on the background, in pixels, each with the place where its level is measured.
+
+    Attributes
+    ----------
+    x, y : (n_points,) int ndarray
+        Column and row; the top left pixel is (0, 0).
+    leader : (n_points,) int ndarray
+        Index of the point whose level each takes: its own, or, on an isoline, that of the isoline's first point.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    leader: np.ndarray
+
+    @property
+    def on_isoline(self):
+        """(n_points,) bool ndarray: True where the level is that of another point."""
+        return self.leader != np.arange(len(self.leader))
+
+
+def parse_coordinates(words):
+    """Turn text of whole numbers into pairs; -0 keeps its sign, as the floating point number that it becomes."""
+    for word in words:
+        if not re.fullmatch(r'[+-]?[0-9]{1,9}', word, re.ASCII):
+            raise RmgradientError(f'coordinate {word!r} is not a whole number')
+    if len(words) % 2:
+        raise RmgradientError(f'{len(words)} coordinates are not pairs: the last one, {words[-1]}, has no partner')
+    return np.array([float(word) for word in words]).reshape(-1, 2)
+
+
+def parse_points_file(lines):
+    """Turn lines into pairs: one pair a line, anything after the pair is a comment, and so is all after a #."""
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        words = line.split('#')[0].split()[:2]
+        try:
+            pairs.extend(parse_coordinates(words))
+        except RmgradientError as error:
+            raise RmgradientError(f'line {number}: {error}') from None
+    return np.array(pairs).reshape(-1, 2)
+
+
+def format_points(points):
+    """Return the points as lines that `parse_points_file` reads."""
+    return [f'{"-" if on_isoline else ""}{x} {y}' for x, y, on_isoline in zip(points.x, points.y, points.on_isoline)]
+
+
+def make_points(pairs):
+    """Sort out which points are measured and which are on an isoline.
+
+    Parameters
+    ----------
+    pairs : (n_points, 2) array_like
+        Coordinates x, y in pixels. A sign bit on either (-0.0 counts) puts the point on the isoline of the last
+        point without one.
+
+    Returns
+    -------
+    Points
+
+    Raises
+    ------
+    RmgradientError
+        For anything but whole numbers, an isoline without a first point, a place given twice, less than three places.
+    """
+    pairs = np.asarray(pairs, float)
+    if pairs.size == 0:
+        raise RmgradientError('no points: give at least three')
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise RmgradientError(f'points of shape {pairs.shape} are not pairs of coordinates')
+    if not (np.abs(pairs) < 2**31).all() or (pairs % 1).any():
+        raise RmgradientError('points are not all whole numbers of pixels')
+    on_isoline = np.signbit(pairs).any(axis=1)
+    if on_isoline[0]:
+        raise RmgradientError('the first point has a minus sign: an isoline needs a point without one before it')
+    index = np.arange(len(pairs))
+    leader = np.maximum.accumulate(np.where(on_isoline, 0, index))
+    x, y = np.abs(pairs).astype(int).T
+    first = {}
+    for i, place in enumerate(zip(x.tolist(), y.tolist())):
+        if place in first:
+            raise RmgradientError(f'point {i + 1} repeats point {first[place] + 1}, {place}: remove one of them')
+        first[place] = i
+    if len(first) < 3:
+        raise RmgradientError(f'{len(first)} points are too few: give at least three')
+    return Points(x, y, leader)
+
+
+def check_points(points, height, width, radius):
+    """Raise RmgradientError unless all points are inside, and the measured ones `radius` pixels from every border."""
+    for x, y, on_isoline in zip(points.x, points.y, points.on_isoline):
+        if not (x < width and y < height):
+            raise RmgradientError(f'point ({x}, {y}) is outside of the picture, {width} x {height} pixels')
+        if not on_isoline and not (radius <= x < width - radius and radius <= y < height - radius):
+            raise RmgradientError(f'point ({x}, {y}) is within {radius} pixels of the border; lower --sigma or move it')
+
+
+# ---- Levels ---------------------------------------------------------------------------------------------------------
+
+def blur_kernel(sigma):
+    """Return the (2 * radius + 1,) weights of a Gaussian blur, cut off at radius = ceil(3 sigma), with sum 1."""
+    if not 0.1 <= sigma <= 10000:
+        raise RmgradientError(f'a blur of sigma {sigma:g} pixels is not from 0.1 to 10000')
+    radius = math.ceil(3 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    return kernel / kernel.sum()
+
+
+def measure_levels(image, points, sigma=SIGMA):
+    """Measure the blurred value of each channel at each point.
+
+    Parameters
+    ----------
+    image : (height, width, n_channels) ndarray, or anything with that shape whose slices of rows are ndarrays
+        Read once from top to bottom, `ROWS` rows at a time, only where there are points.
+    points : Points
+        One on an isoline takes the level of its leader.
+    sigma : float
+        Standard deviation of the Gaussian blur in pixels; see `blur_kernel`.
+
+    Returns
+    -------
+    levels : (n_points, n_channels) float64 ndarray
+        The values that blurring the whole image would give there, in data units.
+    noise : (n_points, n_channels) float64 ndarray
+        Standard errors of the levels as the scatter of the pixels tells, in data units.
+
+    Raises
+    ------
+    RmgradientError
+        If a measured point is too close to the border, a point is outside, or its surroundings are not all finite.
+
+    Notes
+    -----
+    The Gaussian separates into rows and columns, so that each row needs only to be weighted and summed as it comes;
+    what is kept are (2 * radius + 1) sums a point and channel. Neither depends on how many rows are read together.
+    """
+    height, width, n_channels = image.shape
+    kernel = blur_kernel(sigma)
+    radius = len(kernel) // 2
+    check_points(points, height, width, radius)
+    measured = np.flatnonzero(~points.on_isoline)
+    top, left = points.y[measured] - radius, points.x[measured] - radius
+    bottom, right = top + len(kernel), left + len(kernel)
+    # Weighted sums of each row of each window: of the values, and for the noise with squared weights: of 1, v, v^2.
+    sums = np.zeros((len(measured), len(kernel), 3, n_channels))
+    weights, squares = kernel[:, None], kernel[:, None] ** 2
+    for start, stop in row_groups(height):
+        hit = np.flatnonzero((top < stop) & (bottom > start))
+        if not len(hit):
+            continue
+        rows = image[start:stop]
+        for i in hit:
+            a, b = max(start, top[i]), min(stop, bottom[i])
+            window = rows[a - start:b - start, left[i]:right[i]].astype(float)
+            with np.errstate(invalid='ignore', over='ignore'):  # inf - inf: found below
+                sums[i, a - top[i]:b - top[i]] = np.stack(
+                    [(window * weights).sum(1), (window * squares).sum(1), (window**2 * squares).sum(1)], axis=1)
+    with np.errstate(invalid='ignore', over='ignore'):
+        values = (sums[:, :, 0] * weights).sum(1)
+        total, first, second = (squares.sum() ** 2, *((sums[:, :, k] * squares).sum(1) for k in (1, 2)))
+        variance = second - 2 * values * first + values**2 * total
+    for i, j in enumerate(measured):
+        if not np.isfinite(values[i]).all():
+            raise RmgradientError(f'point ({points.x[j]}, {points.y[j]}) has NaN or infinite pixels within {radius} '
+                                  'pixels; move it or lower --sigma')
+    where = np.searchsorted(measured, points.leader)
+    return values[where], np.sqrt(np.maximum(np.nan_to_num(variance), 0))[where]
+
+
+# ---- Model ----------------------------------------------------------------------------------------------------------
+
+class Choice(NamedTuple):
+    """What the adaptive model chose, and how well it predicts each point from the others."""
+
+    trend: str  # 'mean' or 'plane'
+    epsilon: float  # shape of the multiquadric, in pixels
+    smooth: float  # scipy's smoothness
+    weights: np.ndarray  # (n_points, n_channels): of the multiquadric, data units
+    precision: np.ndarray  # (n_points, n_points): inverse of -kernel + smooth at right angles to the trend
+    leader: np.ndarray  # (n_points,): equal for points that share a level
+    errors: np.ndarray  # (n_points, n_channels): level minus prediction from the points with other levels, data units
+
+
+class BackgroundModel:
+    """A fitted background: a plane plus a multiquadric for each channel.
+
+    Attributes
+    ----------
+    rbf : scipy.interpolate.Rbf
+        Multiquadric of the levels minus the plane.
+    plane : (3, n_channels) ndarray
+        Coefficients of 1, x and y.
+    choice : Choice or None
+        How the adaptive model was chosen; None for the classic one.
+    """
+
+    def __init__(self, rbf, plane, choice=None):
+        self.rbf, self.plane, self.choice = rbf, plane, choice
+        self.n_channels = plane.shape[1]
+
+    def blocks(self, start, stop, width):
+        """Evaluate rows start to stop - 1, a few at a time.
+
+        Yields
+        ------
+        (n_rows, width, n_channels) float64 ndarray
+            Background in data units, from top to bottom. It is overwritten by the next one.
+
+        Notes
+        -----
+        The surface is evaluated at Chebyshev nodes (see `chebyshev_panels`) and expanded to pixels by two matrix
+        products, first along x, then along y. Memory: 24 bytes x width x (nodes along y), plus one block of about 1 MB.
+        """
+        x_nodes, x_matrix = chebyshev_panels(width, self.rbf.epsilon)
+        y_nodes, y_matrix = chebyshev_panels(stop - start, self.rbf.epsilon)
+        step = max(1, BLOCK // (width * self.n_channels))
+        for panel, nodes in zip(range(start, stop, len(y_matrix)), start + y_nodes):
+            columns = x_matrix @ self._at_nodes(x_nodes.ravel(), nodes).reshape(
+                len(nodes), *x_nodes.shape, self.n_channels)
+            columns = columns.reshape(len(nodes), -1, self.n_channels)[:, :width].reshape(len(nodes), -1)
+            matrix = y_matrix[:stop - panel]
+            for row in range(0, len(matrix), step):
+                yield (matrix[row:row + step] @ columns).reshape(-1, width, self.n_channels)
+
+    def evaluate(self, start, stop, width):
+        """Return rows start to stop - 1 as a (stop - start, width, n_channels) float64 ndarray, in data units."""
+        return np.concatenate(list(self.blocks(start, stop, width)))
+
+    def _at_nodes(self, x, y):
+        """Return the (len(y), len(x), n_channels) values on a grid, `BLOCK` pairs of node and center at a time."""
+        center_x, center_y = self.rbf.xi[:, None]
+        scale = 1 / self.rbf.epsilon
+        below = ((y[:, None] - center_y) * scale) ** 2 + 1
+        values = np.empty((len(y), len(x), self.n_channels))
+        step = max(1, BLOCK // self.rbf.N)
+        for column in range(0, len(x), step):
+            here = slice(column, column + step)
+            beside = ((x[here, None] - center_x) * scale) ** 2
+            for row in range(len(y)):
+                values[row, here] = np.sqrt(beside + below[row]) @ self.rbf.nodes
+        constant, along_x, along_y = self.plane
+        return values + (constant + x[:, None] * along_x) + (y[:, None] * along_y)[:, None]
+
+
+BLOCK = 2**17  # float64 values worked on together: 1 MB, which stays in a core's own cache
+
+
+@functools.lru_cache(maxsize=16)
+def chebyshev_panels(n_pixels, epsilon):
+    """Place nodes from which a multiquadric is known at every pixel of a line, to rounding.
+
+    Parameters
+    ----------
+    n_pixels : int
+    epsilon : float
+        Shape of the multiquadric, in pixels.
+
+    Returns
+    -------
+    nodes : (n_panels, n_nodes) ndarray
+        Positions relative to the first pixel. The panels are equally long; the last one may end behind the line.
+    matrix : (n_panel_pixels, n_nodes) ndarray
+        Takes values at the nodes of a panel to values at its pixels.
+
+    Notes
+    -----
+    Along a line, sqrt((r / epsilon)^2 + 1) is singular no closer to the real axis than epsilon. On an interval of
+    half length h it is analytic inside of the Bernstein ellipse of parameter rho = s + sqrt(1 + s^2), s = epsilon / h,
+    and bounded on it by some M, so that the polynomial of degree n through Chebyshev nodes is off by at most
+    4 M rho^-n / (rho - 1): Trefethen, Approximation Theory and Approximation Practice, theorem 8.2. The degree is the
+    one that brings this below the rounding errors of the sum of multiquadrics itself, 2^-52 M. Panels two epsilon
+    long need the fewest operations, some 40 nodes. Where a panel has no more pixels than that, the pixels are the
+    nodes.
+    """
+    n_panels = math.ceil(n_pixels / (2 * epsilon + 1))
+    panel = math.ceil(n_pixels / n_panels)
+    half = (panel - 1) / 2
+    s = epsilon / half if half else math.inf
+    rho = s + math.sqrt(1 + s * s)
+    n_nodes = 1 + math.ceil(math.log(4 * 2**52 / (rho - 1)) / math.log(rho)) if half else 1
+    if n_nodes < panel:
+        angles = (np.arange(n_nodes) + 0.5) * (np.pi / n_nodes)
+        nodes = half - half * np.cos(angles)
+        # Barycentric formula, the most accurate way to the polynomial's values (Trefethen, chapter 5).
+        away = np.arange(panel)[:, None] - nodes
+        matrix = (-1.0) ** np.arange(n_nodes) * np.sin(angles) / np.where(away, away, 1e-200)
+        matrix /= matrix.sum(axis=1, keepdims=True)
+    else:
+        nodes, matrix = np.arange(float(panel)), np.eye(panel)
+    return np.arange(n_panels)[:, None] * panel + nodes, matrix
+
+
+def fit_background(points, levels, smooth='auto'):
+    """Fit a smooth surface through the levels.
+
+    Parameters
+    ----------
+    points : Points
+    levels : (n_points, n_channels) float64 ndarray
+        In data units.
+    smooth : 'auto' or float
+        A number: the classic model, a multiquadric of the levels with scipy's default shape and this smoothness, no
+        trend. 'auto': the adaptive model, see `choose_model`.
+
+    Returns
+    -------
+    BackgroundModel
+
+    Raises
+    ------
+    RmgradientError
+        If the smoothness makes the equations singular.
+    """
+    centers = np.stack([points.x, points.y], axis=1).astype(float)
+    if smooth == 'auto':
+        choice, plane = choose_model(centers, levels, points.leader)
+        options = {'epsilon': choice.epsilon, 'smooth': choice.smooth}
+    else:
+        choice, plane = None, np.zeros((3, levels.shape[1]))
+        options = {'smooth': smooth}
+    residuals = levels - plane_at(plane, centers)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # "ill-conditioned": judged below by what matters
+        try:
+            rbf = Rbf(*centers.T, residuals, function='multiquadric', mode='N-D', **options)
+            off = np.abs(rbf.A @ rbf.nodes - residuals).max()
+        except np.linalg.LinAlgError:
+            off = math.inf
+    if not off <= 1e-6 * np.abs(levels).max():
+        raise RmgradientError(f'--smooth {smooth} makes the equations of these points singular; choose another')
+    return BackgroundModel(rbf, plane, choice)
+
+
+def plane_at(plane, centers):
+    """Return the (n_points, n_channels) values of a plane at (n_points, 2) places."""
+    return plane[0] + centers @ plane[1:]
+
+
+def trend_basis(centers, trend):
+    """Return an orthonormal (n_points, n_terms) basis of a trend at the points.
+
+    Across points that all but lie on a line, nothing is known of the slope: the plane is level there.
+    """
+    constant = np.full((len(centers), 1), len(centers) ** -0.5)
+    if trend == 'mean':
+        return constant
+    directions, lengths, _ = np.linalg.svd(centers - centers.mean(axis=0), full_matrices=False)
+    return np.hstack([constant, directions[:, lengths > 0.01 * lengths[0]]])
+
+
+def choose_model(centers, levels, leader):
+    """Choose trend, shape and smoothness of the model that fits levels best where there are none.
+
+    Parameters
+    ----------
+    centers : (n_points, 2) float64 ndarray
+    levels : (n_points, n_channels) float64 ndarray
+    leader : (n_points,) int ndarray
+        Equal for points that share one level.
+
+    Returns
+    -------
+    choice : Choice
+        One for all channels, so that colors stay together.
+    plane : (3, n_channels) ndarray
+        Coefficients of the trend: 1, x, y.
+
+    Notes
+    -----
+    With trend P and kernel matrix A of the multiquadric, weights w and trend b solve `(A - smooth) w + P b = levels`
+    under `P' w = 0`: the trend takes all it can, and what is left to the multiquadric is a well-posed problem, since
+    -A is positive definite at right angles to P (Micchelli 1986, Constructive Approximation 2, 11). In the
+    eigenvectors V of -A there, with eigenvalues l and r = V' levels, every smoothness costs a few sums:
+    `w = -V (r / (l + smooth))`.
+
+    The same equations are those of kriging: a random field of covariance -A about the trend, seen through noise of
+    variance `smooth`. Shape and smoothness are those that make the levels most likely, whatever the trend is
+    (restricted maximum likelihood; Wahba 1990, Spline Models for Observational Data, section 4.8). With a dozen noisy
+    points this is a steadier judge than leave-one-out errors, which now and then praise a bold surface by luck.
+    Likelihoods of different trends don't compare, so the trend is chosen by leave-one-out errors (`left_out_errors`).
+    """
+    n_points = len(centers)
+    distances = np.hypot(*(centers[:, None] - centers).T)
+    spacing = Rbf(*centers.T, np.zeros(n_points)).epsilon  # scipy's default: the average distance between points
+    # Above n_points / 3 the largest eigenvalue of A, n_points or more, is too close to smooth: A - smooth is singular.
+    smoothness = SMOOTHNESS[n_points / 3 >= SMOOTHNESS]
+    rounding = 1e-10 * np.abs(levels).max(axis=0)
+    scale = levels.std(axis=0) + rounding + np.finfo(float).tiny
+    best = None
+    for trend in ('mean', 'plane'):
+        basis = trend_basis(centers, trend)
+        n_free = n_points - basis.shape[1]
+        residuals = levels - basis @ (basis.T @ levels)
+        residuals[:, np.abs(residuals).max(axis=0) <= rounding] = 0  # the trend says it all
+        rough = residuals.any(axis=0)
+        if n_free and rough.any():
+            likely = None
+            for epsilon in SHAPES * spacing:
+                kernel = np.sqrt((distances / epsilon) ** 2 + 1)
+                eigenvalues, vectors = across_trend(kernel, basis)
+                r = vectors.T @ residuals[:, rough]
+                for smooth in smoothness:
+                    variance = eigenvalues + smooth
+                    misfit = (r**2 / variance[:, None]).sum(axis=0)
+                    unlikely = np.log(variance).sum() * rough.sum() + n_free * np.log(misfit).sum()
+                    if likely is None or unlikely < likely[0]:
+                        likely = unlikely, epsilon, smooth, kernel, variance, vectors
+            _, epsilon, smooth, kernel, variance, vectors = likely
+            precision = (vectors / variance) @ vectors.T
+            weights = -precision @ residuals
+            trend_levels = levels - (kernel @ weights - smooth * weights)
+        else:
+            epsilon, smooth, trend_levels = spacing, smoothness[-1], levels
+            precision, weights = np.eye(n_points), np.zeros_like(levels)
+        errors, _ = left_out_errors(weights, precision, leader)
+        error = ((errors / scale) ** 2).mean()
+        # Three places can't judge a plane: it goes through all of them.
+        if best is None or error < best[0] or not n_free:
+            choice = Choice(trend, float(epsilon), float(smooth), weights, precision, leader, errors)
+            best = error, choice, basis, trend_levels
+    _, choice, basis, trend_levels = best
+    middle = centers.mean(axis=0)
+    slope = np.linalg.pinv(centers - middle, rcond=0.01) @ (basis @ (basis.T @ trend_levels))
+    if choice.trend == 'mean':
+        slope[:] = 0
+    return choice, np.vstack([trend_levels.mean(axis=0) - middle @ slope, slope])
+
+
+def across_trend(kernel, basis):
+    """Return the n_points - n_terms eigenvalues and eigenvectors of -kernel at right angles to the trend."""
+    projected = kernel @ basis
+    inside = basis.T @ projected
+    matrix = projected @ basis.T
+    # The trend's own directions get an eigenvalue above all others, to be cut off.
+    bound = 2 * kernel.sum(axis=0).max() * np.eye(len(inside))
+    matrix = matrix + matrix.T - kernel - basis @ (inside - bound) @ basis.T
+    eigenvalues, vectors = np.linalg.eigh(matrix)
+    n_free = len(kernel) - len(inside)
+    return np.maximum(eigenvalues[:n_free], 0), vectors[:, :n_free]
+
+
+def left_out_errors(weights, precision, leader):
+    """Return level minus prediction from the points with other levels, at each point.
+
+    Parameters
+    ----------
+    weights, precision, leader : ndarrays
+        See `Choice`. Points with the same leader are left out together.
+
+    Returns
+    -------
+    errors, spread : (n_points, n_channels) ndarrays
+        In data units, and in units of the standard deviation that the model expects, up to a common factor.
+
+    Notes
+    -----
+    With precision G, the errors of points i left out together are `-G_ii^-1 w_i`: no model needs to be fitted anew
+    (Rippa 1999, Advances in Computational Mathematics 11, 193, for single points).
+    """
+    errors, spread = np.empty_like(weights), np.empty_like(weights)
+    for first in np.unique(leader):
+        left_out = np.flatnonzero(leader == first)
+        covariance = np.linalg.pinv(precision[np.ix_(left_out, left_out)], hermitian=True)
+        errors[left_out] = -covariance @ weights[left_out]
+        spread[left_out] = errors[left_out] / np.sqrt(np.diag(covariance))[:, None]
+    return errors, spread
+
+
+def find_misfits(points, levels, noise, choice):
+    """Find points whose level stands out from what the others predict.
+
+    Parameters
+    ----------
+    points : Points
+    levels, noise : (n_points, n_channels) ndarrays
+        Levels and their standard errors, in data units.
+    choice : Choice
+        Of the model through all of these points.
+
+    Returns
+    -------
+    list of (int, float)
+        Index of the point and its error in the channel that stands out most, in data units, positive if too bright;
+        the worst first.
+
+    Notes
+    -----
+    A bad point spoils the prediction of its neighbors and the choice of the model. So when the worst are found, the
+    model is chosen anew without them, and the others are judged by that, until none stands out.
+    """
+    centers = np.stack([points.x, points.y], axis=1).astype(float)
+    left, misfits = np.arange(len(centers)), []
+    while found := _find_worst(choice, centers[left], noise[left]):
+        misfits += [(left[i], error) for i, error in found]
+        same_level = np.isin(points.leader[left], [points.leader[i] for i, _ in misfits])
+        left = left[~same_level]
+        if len(left) < 4:
+            break
+        choice, _ = choose_model(centers[left], levels[left], points.leader[left])
+    return misfits
+
+
+def _find_worst(choice, centers, noise):
+    """Return index and error of the points that stand out most, at least half as far as the worst.
+
+    An error stands out if it is more than `MISFIT` times the typical one (1.4826 times the median of the absolute
+    values, which is the standard deviation of normal errors), the same of its eight nearest neighbors, and the typical
+    noise. The neighbors are asked because where a glow is steep all points are hard to predict.
+    """
+    noise = np.median(noise, axis=0)
+    weights, precision, leader = choice.weights, choice.precision, choice.leader
+    left, found, acquitted, least = np.arange(len(weights)), [], np.zeros(len(weights), bool), MISFIT
+    errors, spread = left_out_errors(weights, precision, leader)
+    while len(left) > 3:
+        typical = _typical(spread)
+        height = np.where(np.abs(errors) > MISFIT * noise, np.abs(spread) / typical, 0)
+        height[acquitted[left]] = 0
+        worst, channel = np.unravel_index(height.argmax(), height.shape)
+        if height[worst, channel] <= least:
+            break
+        out = leader == leader[worst]
+        # Schur's complement: the same equations without the points of this level.
+        share = precision[np.ix_(~out, out)] @ np.linalg.pinv(precision[np.ix_(out, out)], hermitian=True)
+        fewer_weights = weights[~out] - share @ weights[out]
+        fewer_precision = precision[np.ix_(~out, ~out)] - share @ precision[np.ix_(out, ~out)]
+        fewer_errors, fewer_spread = left_out_errors(fewer_weights, fewer_precision, leader[~out])
+        near = np.argsort(np.hypot(*(centers[left[~out]] - centers[left[worst]]).T))[:8]
+        if np.abs(spread[worst, channel]) <= MISFIT * _typical(fewer_spread[near])[channel]:
+            acquitted[left[worst]] = True
+            continue
+        least = max(least, height[worst, channel] / 2)
+        found.append((left[worst], errors[worst, channel]))
+        weights, precision, errors, spread = fewer_weights, fewer_precision, fewer_errors, fewer_spread
+        left, leader = left[~out], leader[~out]
+    return found
+
+
+def _typical(spread):
+    """Return a standard deviation of each channel that a few large values do not disturb."""
+    return 1.4826 * np.median(np.abs(spread), axis=0) + np.finfo(float).tiny
+
+
+def row_groups(height, rows=ROWS):
+    """Return (start, stop) of each group of rows."""
+    return [(start, min(start + rows, height)) for start in range(0, height, rows)]
+
+
+def find_pedestal(model, height, width, rows=ROWS, starmap=itertools.starmap):
+    """Return the (n_channels,) lowest background of each channel over all pixels of the frame, in data units."""
+    def lowest(start, stop):
+        return np.min([block.min(axis=0).min(axis=0) for block in model.blocks(start, stop, width)], axis=0)
+    return np.min(list(starmap(lowest, row_groups(height, rows))), axis=0)
+
+
+# ---- Correction -----------------------------------------------------------------------------------------------------
+
+def white_of(dtype):
+    """Return the full-scale value of a dtype: the largest integer, or 1.0 for floats."""
+    return np.iinfo(dtype).max if np.dtype(dtype).kind in 'ui' else 1.0
+
+
+def correct(strip, background, pedestal, method='subtract', dither=None):
+    """Remove the background from a strip of the picture.
+
+    Parameters
+    ----------
+    strip : (n_rows, width, n_channels) ndarray
+    background : (n_rows, width, n_channels) float64 ndarray
+        In data units.
+    pedestal : (n_channels,) ndarray
+        Lowest background of the frame, in data units: the part that stays.
+    method : str
+        With shift = background - pedestal, which is 0 at the darkest background and positive elsewhere:
+
+        - 'subtract': strip - shift;
+        - 'stretch': (strip - shift) * white / (white - shift), so that white stays white, see `white_of`;
+        - 'divide': strip * pedestal / background.
+    dither : (n_rows, width, n_channels) ndarray, optional
+        Noise uniform in -0.5 ... 0.5, added to integers before they are rounded.
+
+    Returns
+    -------
+    corrected : (n_rows, width, n_channels) ndarray
+        Of the dtype of the strip. Integers are rounded to nearest and limited to their range. Floats are only cast:
+        negative values stay, and so does NaN.
+    n_limited : int
+        Number of values that did not fit in the range.
+
+    Raises
+    ------
+    RmgradientError
+        If the strip holds floats above white and is to be stretched.
+    """
+    pedestal = np.broadcast_to(pedestal, strip.shape[1:]).copy()  # whole rows: numpy is slow on rows of three values
+    if method == 'divide':
+        corrected = strip * (pedestal / background)
+    else:
+        shift = background - pedestal
+        if method == 'subtract' and strip.dtype.kind in 'ui':
+            return _subtract_integers(strip, shift if dither is None else shift - dither)
+        corrected = strip - shift
+        if method == 'stretch':
+            white = white_of(strip.dtype)
+            if strip.dtype.kind == 'f' and (strip > white).any():
+                raise RmgradientError('--stretch takes 1.0 for white, but there are values up to '
+                                      f'{np.nanmax(strip):g}; divide the picture by that first')
+            corrected *= white / (white - shift)
+    return to_dtype(corrected, strip.dtype, dither)
+
+
+def to_dtype(values, dtype, dither=None):
+    """Return float64 values in a dtype, integers after dither, rounding and limiting, and how many were limited."""
+    if np.dtype(dtype).kind == 'f':
+        with np.errstate(over='ignore'):  # a huge value becomes infinite
+            return values.astype(dtype), 0
+    values = np.rint(values if dither is None else values + dither)
+    limited = np.clip(values, np.iinfo(dtype).min, _largest(dtype))
+    return limited.astype(dtype), np.count_nonzero(limited != values)
+
+
+def _largest(dtype):
+    """Return the largest float64 that fits in an integer dtype: 2^64 - 1 is none."""
+    largest = np.iinfo(dtype).max
+    return float(largest) if float(largest) <= largest else math.nextafter(float(largest), 0)
+
+
+def _subtract_integers(strip, shift):
+    """Return strip - shift, rounded and limited, and how many values were limited.
+
+    Rounding the shift instead of the difference allows exact integers of the strip's own size, which are several times
+    faster than float64; it differs only where the difference is halfway between two integers.
+    """
+    unsigned = np.dtype(f'u{strip.itemsize}')
+    lowest = np.array(np.iinfo(strip.dtype).min, strip.dtype).view(unsigned)
+    offset = strip.view(unsigned) ^ lowest  # signed integers, counted from their lowest value
+    rounded, largest = np.rint(shift), _largest(unsigned)
+    shift = np.minimum(rounded, largest).astype(unsigned)
+    n_limited = np.count_nonzero((offset < shift) | (rounded > largest))
+    return ((np.maximum(offset, shift) - shift) ^ lowest).view(strip.dtype), n_limited
+
+
+def dither_noise(start, stop, width, n_channels, stream=0):
+    """Return (stop - start, width, n_channels) values uniform in -0.5 ... 0.5 that depend on nothing but their place.
+
+    Each row has its own part of the sequence of Philox, a counter-based generator (Salmon et al. 2011, Parallel random
+    numbers: as easy as 1, 2, 3), so that neither threads nor groups of rows matter. `stream` tells pictures apart.
+    """
+    rows = [np.random.Generator(np.random.Philox(key=stream, counter=[0, 0, 0, row])).random((width, n_channels))
+            for row in range(start, stop)]
+    return np.stack(rows) - 0.5
+
+
+# ---- TIFF input -----------------------------------------------------------------------------------------------------
+
+class Tag(NamedTuple):
+    """Entry of a TIFF directory, its value as the bytes in the file or, for a sub-directory, as a list of tags."""
+
+    code: int
+    type: int
+    count: int
+    value: bytes | list
+
+
+TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+LONG, LONG8, IFD8 = 4, 16, 18
+EXIF, GPS, INTEROPERABILITY, ICC, XMP = 34665, 34853, 40965, 34675, 700
+SUB_DIRECTORIES = {EXIF, GPS, INTEROPERABILITY}
+# Tags that say how the pixels are stored: the output has its own. 254, 255, 297: kind and number of the page.
+STRUCTURE_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 288, 289, 292, 293, 297, 317,
+                  *range(322, 326), 330, 338, 339, 347, 400, *range(512, 522)}
+# Tags that show or describe the old pixels: smallest and largest value, Photoshop's layers.
+STALE_TAGS = {280, 281, 37724}
+NAMES_OF_TAGS = {ICC: 'the ICC profile', XMP: 'the XMP packet', EXIF: 'EXIF', GPS: 'GPS'}
+PER_SAMPLE_TAGS = {340, 341}  # smallest and largest possible value, one a sample
+# Compressions that come apart into segments, and how many bytes one byte can stand for at most.
+COMPRESSIONS = {1: 1, 5: 1400, 8: 1040, 32946: 1040, 32773: 64, 34925: 10000, 50000: 44000}
+NAMES_OF_COLORS = {3: 'a palette', 4: 'a transparency mask', 5: 'CMYK', 6: 'YCbCr', 8: 'CIE Lab', 9: 'ICC Lab',
+                   10: 'ITU Lab', 32803: 'a raw color filter array', 34892: 'linear raw', 32844: 'CIE Log L',
+                   32845: 'CIE Log Luv'}
+NAMES_OF_COMPRESSIONS = {2: 'CCITT', 3: 'CCITT fax 3', 4: 'CCITT fax 4', 6: 'old JPEG', 7: 'JPEG', 33003: 'JPEG 2000',
+                         33005: 'JPEG 2000', 34712: 'JPEG 2000', 34887: 'LERC', 50001: 'WebP', 50002: 'JPEG XL',
+                         52546: 'JPEG XL'}
+
+
+class TiffImage:
+    """An open TIFF picture that gives any of its rows.
+
+    Wherever an array of shape (height, width, n_channels) is sliced into rows, this serves as well: it has `shape` and
+    `dtype`, and `image[start:stop]` is an array of the color channels. Extra samples (alpha) come with `read`. Gray
+    pictures whose zero is white are read inverted, so that light is positive.
+
+    Attributes
+    ----------
+    shape : (int, int, int)
+        Height, width and number of color channels.
+    n_samples : int
+        Color channels plus extra samples.
+    tags : list of Tag
+        What there is to know of the picture beside the pixels.
+    warnings : list of str
+        What was left out.
+
+    Notes
+    -----
+    Memory: of an uncompressed file, no more than the rows asked for. Of a compressed one, the segments (strips or
+    tiles) that hold the rows, decoded, and those of the requests under way in other threads. `read` may be called from
+    several threads.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise RmgradientError(f'{path}: not a regular file')
+        self._file = open(path, 'rb')  # noqa: SIM115
+        try:
+            with self._damage():
+                self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self._file.close()
+
+    def _open(self):
+        self.stat = os.fstat(self._file.fileno())
+        self._page = page = tifffile.TiffFile(self._file).pages.first
+        self.byteorder, self.bigtiff = page.parent.byteorder, page.parent.is_bigtiff
+        entries, next_directory = self._read_directory(page.offset)
+        structure = {code: self._numbers(type_, count, offset) for code, type_, count, offset in entries
+                     if code in STRUCTURE_TAGS and type_ in (1, 3, 4, 16) and count < 2**16}
+        for flaw in find_flaws(page, structure, self.stat.st_size):
+            raise RmgradientError(f'{self.path}: {flaw}')
+        self.photometric = int(page.photometric)
+        self.extra_samples = [int(kind) for kind in page.extrasamples]
+        self.n_samples = page.samplesperpixel
+        self.shape = page.imagelength, page.imagewidth, 3 if self.photometric == 2 else 1
+        self.dtype = page.dtype.newbyteorder('=')
+        self.warnings = []
+        self.tags = self._read_tags(entries)
+        n_skipped = self._count_pictures(next_directory)
+        if n_skipped:
+            self.warnings.append(f'{self.path}: only the first of {n_skipped + 1} pages is corrected, '
+                                 f'{n_skipped} {"is" if n_skipped == 1 else "are"} left out')
+        if page.is_tiled:
+            self._segment_shape = page.tilelength, page.tilewidth
+        else:
+            self._segment_shape = page.rowsperstrip, page.imagewidth
+        # Filled backward or differenced bytes have to be decoded whole, like compressed ones.
+        self._is_plain = page.compression == 1 and page.fillorder == 1
+        page.decode  # made now: making it is not safe in threads  # noqa: B018
+        self._decoded, self._lock = collections.OrderedDict(), threading.Lock()
+
+    @contextlib.contextmanager
+    def _damage(self):
+        """Turn what tifffile and imagecodecs raise on damaged files, a dozen types of exceptions, into one."""
+        try:
+            yield
+        except (RmgradientError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            if isinstance(error, tifffile.TiffFileError) and 'not a TIFF file' in str(error):
+                raise RmgradientError(f'{self.path}: not a TIFF file') from error
+            raise RmgradientError(f'{self.path}: damaged: {str(error) or type(error).__name__}') from error
+
+    def __getitem__(self, rows):
+        return self.read(*rows.indices(self.shape[0])[:2])[..., :self.shape[2]]
+
+    def read(self, start, stop):
+        """Return rows start to stop - 1 as a (stop - start, width, n_samples) ndarray in native byte order."""
+        height, width, _ = self.shape
+        segment_height, segment_width = self._segment_shape
+        across, down = -(-width // segment_width), -(-height // segment_height)
+        planes = self.n_samples if self._page.planarconfig == 2 else 1
+        rows = np.empty((stop - start, width, self.n_samples), self.dtype)
+        indices = [(plane, i, j) for plane in range(planes)
+                   for i in range(start // segment_height, -(-stop // segment_height)) for j in range(across)]
+        for plane, i, j in indices:
+            top, left = i * segment_height, j * segment_width
+            first, last = max(start, top), min(stop, top + segment_height)
+            with self._damage():
+                index = (plane * down + i) * across + j
+                segment = self._segment_rows(index, first - top, last - top, len(indices))[:, :width - left]
+                if segment.shape[:2] != (last - first, min(segment_width, width - left)):
+                    raise ValueError(f'segment {index} is cut short')
+            samples = slice(plane, plane + 1) if planes > 1 else slice(None)
+            rows[first - start:last - start, left:left + segment_width, samples] = segment
+        return invert(rows) if self.photometric == 0 else rows
+
+    def _segment_rows(self, index, start, stop, n_segments):
+        """Return rows of a strip or tile, counted from its top, of which the caller needs `n_segments`."""
+        if not self._is_plain:
+            return self._decode_once(index, n_segments)[start:stop]
+        dtype = self.dtype.newbyteorder(self.byteorder)
+        width = self._segment_shape[1]
+        samples = 1 if self._page.planarconfig == 2 else self.n_samples
+        row = width * samples * dtype.itemsize
+        data = self._read_bytes(self._page.dataoffsets[index] + start * row, (stop - start) * row)
+        return np.frombuffer(data, dtype).reshape(stop - start, width, samples)
+
+    def _decode_once(self, index, n_segments):
+        """Return a decoded segment; the last ones used are kept, since groups of rows and segments overlap."""
+        with self._lock:
+            future = self._decoded.pop(index, None)
+            if is_new := future is None:
+                future = concurrent.futures.Future()
+            self._decoded[index] = future
+            while len(self._decoded) > n_segments * (N_WORKERS + 1):
+                self._decoded.popitem(last=False)
+        if is_new:
+            try:
+                data = self._read_bytes(self._page.dataoffsets[index], self._page.databytecounts[index])
+                future.set_result(self._page.decode(data, index)[0][0])
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def _read_bytes(self, offset, size):
+        if hasattr(os, 'pread'):
+            data = os.pread(self._file.fileno(), size, offset)
+        else:  # Windows
+            with self._lock:
+                self._file.seek(offset)
+                data = self._file.read(size)
+        if len(data) < size:
+            raise ValueError(f'it ends at byte {offset + len(data)}, {size - len(data)} bytes too early')
+        return data
+
+    def _read_directory(self, offset):
+        """Return (code, type, count, offset of the value) of all entries, and the offset of the next directory."""
+        head, entry, pointer = ('Q', 'HHQ8s', 'Q') if self.bigtiff else ('H', 'HHI4s', 'I')
+        head, entry, pointer = (struct.Struct(self.byteorder + code) for code in (head, entry, pointer))
+        n_entries, = head.unpack(self._read_bytes(offset, head.size))
+        if n_entries > 4096:  # as tifffile has it: no program writes so many
+            raise ValueError(f'a directory of {n_entries} tags')
+        offset += head.size
+        data = self._read_bytes(offset, n_entries * entry.size + pointer.size)
+        entries = []
+        for i in range(n_entries):
+            code, type_, count, value = entry.unpack_from(data, i * entry.size)
+            inline = count * TYPE_SIZES.get(type_, 1) <= len(value)
+            here = offset + (i + 1) * entry.size - len(value)
+            entries.append((code, type_, count, here if inline else pointer.unpack(value)[0]))
+        return entries, pointer.unpack_from(data, n_entries * entry.size)[0]
+
+    def _numbers(self, type_, count, offset):
+        kind = {1: 'B', 3: 'H', 4: 'I', 13: 'I', 16: 'Q', 18: 'Q'}[type_]
+        return struct.unpack(f'{self.byteorder}{count}{kind}', self._read_bytes(offset, count * TYPE_SIZES[type_]))
+
+    def _read_tags(self, entries, skip=STRUCTURE_TAGS | STALE_TAGS):
+        """Return the tags worth keeping, byte for byte, sub-directories included."""
+        tags = []
+        for code, type_, count, offset in entries:
+            if code in skip:
+                continue
+            try:
+                if code in SUB_DIRECTORIES:
+                    inside, _ = self._read_directory(self._numbers(type_, 1, offset)[0])
+                    tags.append(Tag(code, LONG, 1, self._read_tags(inside, skip={code})))
+                elif type_ in (13, 18):
+                    raise ValueError('it points to a directory of unknown use')
+                else:
+                    tags.append(Tag(code, type_, count, self._read_bytes(offset, count * TYPE_SIZES[type_])))
+            except (KeyError, ValueError, struct.error, OverflowError) as error:
+                what = NAMES_OF_TAGS.get(code, f'tag {code}')
+                if code in (ICC, XMP):
+                    raise RmgradientError(f'{self.path}: {what} cannot be read: {error}') from error
+                self.warnings.append(f'{self.path}: {what} cannot be read and is left out')
+        return tags
+
+    def _count_pictures(self, directory):
+        """Return how many of the further pages are pictures of their own: neither reduced nor levels of a pyramid."""
+        height, width, _ = self.shape
+        n_pictures, seen = 0, {0, self._page.offset}
+        while directory not in seen and len(seen) < 10000:
+            seen.add(directory)
+            try:
+                entries, directory = self._read_directory(directory)
+                tags = {code: self._numbers(type_, 1, offset)[0] for code, type_, _, offset in entries
+                        if code in (254, 255, 256, 257)}
+            except (KeyError, ValueError, struct.error, OSError, OverflowError):
+                self.warnings.append(f'{self.path}: a further page is damaged and left out')
+                break
+            is_level = any(abs(tags.get(256, 0) - width / 2**k) < 1 > abs(tags.get(257, 0) - height / 2**k)
+                           for k in range(1, 16))
+            n_pictures += not (tags.get(254, 0) & 1 or tags.get(255) == 2 or is_level)
+        return n_pictures
+
+
+def invert(rows):
+    """Turn a picture whose zero is white into one whose zero is black, and back."""
+    return 1 - rows if rows.dtype.kind == 'f' else ~rows
+
+
+def find_flaws(page, structure, file_size):
+    """Yield what keeps a page from being processed, most telling first.
+
+    Parameters
+    ----------
+    page : tifffile.TiffPage
+    structure : dict of int to tuple of int
+        Values of those `STRUCTURE_TAGS` that are there; tifffile has defaults, and corrects what should be refused.
+    file_size : int
+        In bytes.
+    """
+    for code, name in ((256, 'width'), (257, 'height'), (262, 'kind of colors')):
+        if code not in structure:
+            yield f'damaged: no {name} given'
+    if structure.get(254, (0,))[0] & 1 or structure.get(255) == (2,):
+        yield 'the first page is a thumbnail; save the picture alone'
+    if page.photometric not in (0, 1, 2):
+        kind = NAMES_OF_COLORS.get(int(page.photometric), f'of unknown kind {int(page.photometric)}')
+        yield f'colors are {kind}; convert the picture to gray or RGB'
+    if page.imagewidth < 1 or page.imagelength < 1:
+        yield f'damaged: {page.imagewidth} x {page.imagelength} pixels'
+    if page.imagedepth != 1 or page.is_tiled and page.tiledepth != 1:
+        yield 'a volume; save a flat picture'
+    if page.sampleformat in (5, 6):
+        yield 'pixels are complex numbers'
+    bits = page.bitspersample
+    if page.dtype is None or page.dtype.kind not in 'uif' or page.dtype.itemsize * 8 != bits:
+        kind = 'floating point numbers' if page.sampleformat == 3 else 'integers'
+        yield f'pixels are {kind} of {bits} bits; convert the picture to 8, 16 or 32 bits'
+    if len(set(structure.get(258, ()))) > 1 or len(set(structure.get(339, ()))) > 1:
+        yield 'channels have different types'
+    colors = 3 if page.photometric == 2 else 1
+    if page.samplesperpixel < colors:
+        yield f'damaged: {page.samplesperpixel} channels instead of {colors}'
+    if 1 in page.extrasamples:
+        yield 'colors are multiplied by alpha; save without transparency or with unassociated alpha'
+    if len(page.extrasamples) not in (0, page.samplesperpixel - colors):
+        yield f'damaged: {len(page.extrasamples)} extra samples beside {colors} of {page.samplesperpixel} channels'
+    if page.planarconfig not in (1, 2):
+        yield f'damaged: planar configuration {page.planarconfig}'
+    if page.compression not in COMPRESSIONS:
+        name = NAMES_OF_COMPRESSIONS.get(int(page.compression), f'of unknown kind {int(page.compression)}')
+        yield f'compression is {name}; save with LZW, deflate or without compression'
+    if page.predictor not in (1, 2, 3) or page.predictor == 3 and page.dtype.kind != 'f':
+        yield f'damaged: predictor {int(page.predictor)} for {page.dtype}'
+    if page.predictor != 1 and page.compression in (1, 32773):
+        yield 'a predictor without a compression that has one: programs disagree what it means; save it anew'
+    if structure.get(278) == (0,) or page.is_tiled and not (page.tilewidth > 0 < page.tilelength):
+        yield 'damaged: strips or tiles of no rows'
+        return
+    yield from find_segment_flaws(page, file_size)
+
+
+def find_segment_flaws(page, file_size):
+    """Yield what is wrong with the places of strips or tiles; tifffile would read what is missing as zeros."""
+    height, width = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
+    planes = page.samplesperpixel if page.planarconfig == 2 else 1
+    across, down = -(-page.imagewidth // width), -(-page.imagelength // height)
+    offsets, sizes = page.dataoffsets, page.databytecounts
+    if not len(offsets) == len(sizes) == across * down * planes:
+        yield f'damaged: {len(offsets)} offsets and {len(sizes)} sizes for {across * down * planes} segments'
+        return
+    row = width * page.samplesperpixel // planes * page.dtype.itemsize
+    ratio = COMPRESSIONS[int(page.compression)]
+    for i, (offset, size) in enumerate(zip(offsets, sizes)):
+        n_rows = height if page.is_tiled else min(height, page.imagelength - i % down * height)
+        if size == 0 or offset == 0:
+            yield f'damaged: segment {i} of {len(sizes)} is missing'
+        if offset + size > file_size:
+            yield f'damaged: segment {i} of {len(sizes)} ends at byte {offset + size} of a file of {file_size}'
+        if n_rows * row > size * ratio:
+            yield f'damaged: segment {i} of {len(sizes)} has {size} bytes, too few for {n_rows} rows of {row} bytes'
+    if sum(sizes) > file_size:
+        yield f'damaged: segments of {sum(sizes)} bytes overlap in a file of {file_size}'
+
+
+# ---- TIFF output ----------------------------------------------------------------------------------------------------
+
+class TiffStrips:
+    """A TIFF of the kind of another that is written strip by strip into a file.
+
+    Parameters
+    ----------
+    file : binary file, open for writing at its start, seekable
+    image : TiffImage
+        Gives size, dtype, byte order, colors and tags.
+    n_samples : int
+        Samples a pixel: those of the image, or its color channels alone.
+    rows : int
+        Rows a strip; the last one may have fewer.
+    compress : int
+        0: none, 1 to 9: deflate of that level, with a predictor.
+
+    Notes
+    -----
+    tifffile writes most of what is needed, but neither rational numbers nor resolutions nor sub-directories byte for
+    byte, so that the directory is put together here.
+    """
+
+    def __init__(self, file, image, n_samples, rows, compress):
+        self._file, self._image, self._n_samples, self._compress = file, image, n_samples, compress
+        height, width, _ = image.shape
+        self._rows = min(rows, height)
+        self._dtype = image.dtype.newbyteorder(image.byteorder)
+        # Deflate makes noise no more than a little longer; 64 MB are left for that and for the tags.
+        size = height * width * n_samples * image.dtype.itemsize + sum(len(tag.value) for tag in image.tags)
+        self.bigtiff = image.bigtiff or size > 2**32 - 2**26
+        self._offsets, self._sizes = [], []
+        file.write(bytes(16 if self.bigtiff else 8))
+
+    def encode(self, strip):
+        """Return the bytes of a (n_rows, width, n_samples) strip; may be called from several threads."""
+        if self._image.photometric == 0:
+            strip = invert(strip)
+        if not self._compress:
+            return np.ascontiguousarray(strip, self._dtype)
+        if strip.dtype.kind == 'f':
+            data = imagecodecs.floatpred_encode(np.ascontiguousarray(strip, self._dtype), axis=-2)
+        else:
+            data = imagecodecs.delta_encode(np.ascontiguousarray(strip), axis=-2).astype(self._dtype, copy=False)
+        return imagecodecs.deflate_encode(data.tobytes(), self._compress)
+
+    def append(self, data):
+        """Write an encoded strip."""
+        size = memoryview(data).nbytes
+        self._offsets.append(self._file.tell())
+        self._sizes.append(size)
+        self._file.write(data)
+        if size % 2:
+            self._file.write(b'\0')  # values begin at even offsets
+
+    def finish(self):
+        """Write the directory, and the header that points to it."""
+        image, n_samples = self._image, self._n_samples
+        order, offset = image.byteorder, self._file.tell()
+        numbers = lambda code, type_, values: Tag(code, type_, len(values), struct.pack(
+            f'{order}{len(values)}{ {3: "H", LONG: "I", LONG8: "Q"}[type_] }', *values))
+        place = LONG8 if self.bigtiff else LONG
+        height, width, n_channels = image.shape
+        bits = image.dtype.itemsize * 8
+        tags = [numbers(256, LONG, [width]), numbers(257, LONG, [height]), numbers(258, 3, [bits] * n_samples),
+                numbers(259, 3, [8 if self._compress else 1]), numbers(262, 3, [image.photometric]),
+                numbers(273, place, self._offsets), numbers(277, 3, [n_samples]), numbers(278, LONG, [self._rows]),
+                numbers(279, place, self._sizes), numbers(284, 3, [1]),
+                numbers(339, 3, ['uif'.index(image.dtype.kind) + 1] * n_samples)]
+        if self._compress:
+            tags.append(numbers(317, 3, [3 if image.dtype.kind == 'f' else 2]))
+        if n_samples > n_channels and image.extra_samples:
+            tags.append(numbers(338, 3, image.extra_samples))
+        for tag in image.tags:
+            if tag.code in PER_SAMPLE_TAGS and tag.count > n_samples:
+                tag = tag._replace(count=n_samples, value=tag.value[:n_samples * TYPE_SIZES[tag.type]])
+            tags.append(tag)
+        self._file.write(pack_directory(tags, offset, order, self.bigtiff))
+        self._file.seek(0)
+        magic = b'II' if order == '<' else b'MM'
+        if self.bigtiff:
+            self._file.write(magic + struct.pack(order + 'HHHQ', 43, 8, 0, offset))
+        else:
+            self._file.write(magic + struct.pack(order + 'HI', 42, offset))
+
+
+def pack_directory(tags, offset, byteorder, bigtiff):
+    """Return the bytes of a directory at `offset`, which is even, with the values and sub-directories behind it."""
+    head, entry, pointer = ('Q', 'HHQ', 'Q') if bigtiff else ('H', 'HHI', 'I')
+    head, entry, pointer = (struct.Struct(byteorder + code) for code in (head, entry, pointer))
+    entries, values = b'', b''
+    behind = offset + head.size + len(tags) * (entry.size + pointer.size) + pointer.size
+    for code, type_, count, value in sorted(tags, key=lambda tag: tag.code):
+        if isinstance(value, list):
+            value, type_ = pack_directory(value, behind + len(values), byteorder, bigtiff), IFD8 if bigtiff else LONG
+        elif len(value) <= pointer.size:
+            entries += entry.pack(code, type_, count) + value.ljust(pointer.size, b'\0')
+            continue
+        entries += entry.pack(code, type_, count) + pointer.pack(behind + len(values))
+        values += value + bytes(len(value) % 2)
+    return head.pack(len(tags)) + entries + pointer.pack(0) + values
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+def check_paths(inputs, outputs, overwrite):
+    """Raise RmgradientError if an output can't be written or would harm an input or another output.
+
+    Parameters
+    ----------
+    inputs : list of str
+    outputs : list of str
+    overwrite : bool
+        Whether outputs may exist.
+    """
+    places = {}
+    for path in outputs:
+        folder = os.path.dirname(os.path.realpath(path))
+        if not os.path.isdir(folder):
+            raise RmgradientError(f'{path}: there is no folder {folder}')
+        if os.path.isdir(path):
+            raise RmgradientError(f'{path}: is a folder; name a file')
+        if is_device(path):
+            continue
+        for source in inputs:
+            if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+                raise RmgradientError(f'{path}: is the input {source}; choose another name for the output')
+        place = os.path.normcase(os.path.realpath(path))
+        place = (os.stat(path).st_dev, os.stat(path).st_ino) if os.path.exists(path) else place
+        if place in places:
+            raise RmgradientError(f'{path}: is the same file as {places[place]}; choose another name')
+        places[place] = path
+        if os.path.exists(path):
+            if not overwrite:
+                raise RmgradientError(f'{path}: exists; choose another name or use --overwrite')
+            if not os.path.isfile(path):
+                raise RmgradientError(f'{path}: is not a regular file')
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise RmgradientError(f'{path}: no permission to write in the folder {folder}')
+
+
+def is_device(path):
+    """Tell whether a path is a device, which is written to instead of replaced."""
+    return os.path.exists(path) and stat.S_ISCHR(os.stat(path).st_mode)
+
+
+@contextlib.contextmanager
+def whole_files(paths, overwrite):
+    """Give files to write that all appear under their names when the block ends well, or none of them.
+
+    Parameters
+    ----------
+    paths : list of str
+        Checked by `check_paths`. A symbolic link stays, and the file that it points to is written.
+    overwrite : bool
+        Whether files may be replaced. If not, a file that appears meanwhile is left alone, and is an error.
+
+    Yields
+    ------
+    list of binary files
+
+    Notes
+    -----
+    Each file is written under a random name in the folder of its path, synchronized, and linked or renamed to the path.
+    """
+    paths = [os.path.realpath(path) for path in paths]
+    with contextlib.ExitStack() as stack:
+        files, temporary = [], {}
+        for path in paths:
+            if is_device(path):
+                name, flags = path, os.O_RDWR
+            else:
+                name = temporary[path] = _beside(path)
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+                stack.callback(_remove, name)
+            with _named(path):
+                descriptor = os.open(name, flags | getattr(os, 'O_BINARY', 0), 0o666)
+                files.append(stack.enter_context(_closing(os.fdopen(descriptor, 'w+b'))))
+        yield files
+        for path, file in zip(paths, files):
+            with _named(path):
+                file.flush()
+                if path in temporary:
+                    os.fsync(file.fileno())
+                file.close()
+        with _signals_ignored():
+            _publish(temporary, overwrite)
+
+
+def _publish(temporary, overwrite):
+    """Give files their names, {path: temporary name}; on failure take the names back, and restore what was there."""
+    with contextlib.ExitStack() as cleanup, contextlib.ExitStack() as undo:
+        for path, name in temporary.items():
+            with _named(path):
+                if overwrite and os.path.exists(path):
+                    old = _beside(path)
+                    cleanup.callback(_remove, old)
+                    _name_anew(path, old)
+                    undo.callback(os.replace, old, path)
+                    os.replace(name, path)
+                else:
+                    _name_anew(name, path)
+                    undo.callback(_remove, path)
+        for folder in {os.path.dirname(path) for path in temporary}:
+            with _named(folder):
+                _sync_folder(folder)
+        undo.pop_all()
+
+
+def _beside(path):
+    """Return a name for a temporary file in the folder of a path, short enough for every file system."""
+    return os.path.join(os.path.dirname(path), f'.rmgradient-{secrets.token_hex(8)}')
+
+
+def _name_anew(path, name):
+    """Give a file a name that nothing has; it may keep the old one."""
+    try:
+        os.link(path, name)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if os.path.exists(name):  # no links on this file system: not safe in a race, but the best there is
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        os.rename(path, name)
+
+
+def _remove(path):
+    with contextlib.suppress(OSError):
+        os.remove(path)
+
+
+def _sync_folder(folder):
+    if os.name == 'nt':  # folders can't be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _closing(file):
+    """Close a file on the way out; what it still holds is of no use to anybody if that fails."""
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
+
+
+@contextlib.contextmanager
+def _named(path):
+    """Put the name of a file into what the system says of it."""
+    try:
+        yield
+    except OSError as error:
+        raise RmgradientError(f'{path}: {error.strerror or error}') from error
+
+
+@contextlib.contextmanager
+def _signals_ignored():
+    """Let nothing interrupt the last moment, in which files get their names."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# ---- Pipeline -------------------------------------------------------------------------------------------------------
+
+def process(options):
+    """Do what the command line asks for; options are those of `build_parser`."""
+    outputs = [path for path in (options.output, options.background) if path]
+    inputs = [path for path in (options.input, options.points_file) if path and path != '-']
+    check_paths(inputs, outputs, options.overwrite)
+    with TiffImage(options.input) as image, threads(progress_bar()) as starmap:
+        for warning in image.warnings:
+            logger.warning(warning)
+        points = read_points(options)
+        with about(image.path):
+            levels, noise = measure_levels(image, points, options.sigma)
+            model = fit_background(points, levels, options.smooth)
+        report_model(points, levels, noise, model)
+        height, width, _ = image.shape
+        pedestal = find_pedestal(model, height, width, options.rows, starmap)
+        with whole_files(outputs, options.overwrite) as files:
+            n_limited = write_outputs(files, image, model, pedestal, options, starmap)
+    if n_limited:
+        logger.warning('%s: %d values below or above what %s can hold are limited',
+                       options.output, n_limited, image.dtype)
+    logger.info('%s: written; the sky is level at %s', options.output, in_words(pedestal))
+
+
+def read_points(options):
+    """Return the points of -p or -f."""
+    if options.points is not None:
+        return make_points(options.points)
+    name = 'standard input' if options.points_file == '-' else options.points_file
+    with about(name):
+        if options.points_file == '-':
+            return make_points(parse_points_file(sys.stdin))
+        with open(options.points_file, encoding='utf-8-sig', errors='replace') as lines:
+            return make_points(parse_points_file(lines))
+
+
+def write_outputs(files, image, model, pedestal, options, starmap):
+    """Write the corrected picture and, if there is a second file, the background; return how many values were limited.
+
+    The pedestal needs the background of the whole frame, hence this second pass over the model. The picture is read
+    here alone, beside the points. Memory: a few strips a worker.
+    """
+    height, width, n_channels = image.shape
+    writers = [TiffStrips(file, image, n_samples, options.rows, options.compress)
+               for file, n_samples in zip(files, (image.n_samples, n_channels))]
+
+    def finish(start, stop):
+        strip = image.read(start, stop)
+        background = np.empty((stop - start, width, n_channels), image.dtype)
+        n_limited, row = 0, 0
+        for block in model.blocks(start, stop, width):
+            rows = slice(row, row := row + len(block))
+            color = strip[rows, :, :n_channels]
+            with about(image.path):
+                color[...], n = correct(color, block, pedestal)
+            n_limited += n
+            if len(writers) > 1:
+                background[rows] = to_dtype(block, image.dtype)[0]
+        return [writer.encode(pixels) for writer, pixels in zip(writers, (strip, background))], n_limited
+
+    total = 0
+    for encoded, n_limited in starmap(finish, row_groups(height, options.rows)):
+        total += n_limited
+        for writer, data in zip(writers, encoded):
+            with _named(options.output if writer is writers[0] else options.background):
+                writer.append(data)
+    for writer in writers:
+        writer.finish()
+    return total
+
+
+@contextlib.contextmanager
+def threads(progress):
+    """Give an `itertools.starmap` for lists of arguments that works in threads, and keeps the order of results.
+
+    No more than two results a worker wait to be taken, so that memory is bounded. On the way out nothing is waited for.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(N_WORKERS)
+
+    def results(work, arguments):
+        pending = collections.deque()
+        for each in arguments:
+            pending.append(pool.submit(work, *each))
+            if len(pending) > 2 * N_WORKERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    try:
+        yield lambda work, arguments: progress(results(work, arguments), len(arguments))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def progress_bar():
+    """Return a function that shows how far an iterable of some length is, on a terminal, if it takes a while."""
+    if not (sys.stderr and sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)):
+        return lambda results, total: results
+    from tqdm import tqdm  # takes longer to load than most pictures to correct
+    return lambda results, total: tqdm(results, total=total, unit='strip', delay=1, leave=False)
+
+
+def report_model(points, levels, noise, model):
+    """Log what was chosen, and warn of points that do not fit."""
+    if not model.choice:
+        return
+    choice = model.choice
+    logger.info('model: %s and a multiquadric of shape %.0f pixels and smoothness %.2g; '
+                'points are predicted from the others to %s (root mean square)',
+                choice.trend, choice.epsilon, choice.smooth, in_words(np.sqrt((choice.errors**2).mean(axis=0))))
+    for i, error in find_misfits(points, levels, noise, choice):
+        hint = 'brighter than its neighbors suggest: on a star or nebula?' if error > 0 else (
+            'darker than its neighbors suggest: on a dust cloud or border?')
+        logger.warning('point (%d, %d) is %.3g %s', points.x[i], points.y[i], abs(error), hint)
+
+
+def in_words(values):
+    """Return the values of the channels as text."""
+    return ', '.join(f'{value:.5g}' for value in values)
+
+
+@contextlib.contextmanager
+def about(name):
+    """Begin the message of an error with what it is about."""
+    try:
+        yield
+    except RmgradientError as error:
+        raise RmgradientError(f'{name}: {error}') from error
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+def build_parser():
+    """Return the parser of the command line."""
+    summary, _, rest = __doc__.partition('\n\n')
+    parser = argparse.ArgumentParser(prog='rmgradient', description=summary, epilog=rest, add_help=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    files = parser.add_argument_group('input and output')
+    files.add_argument('-i', '--input', metavar='FILE', required=True, help='picture to correct (TIFF)')
+    files.add_argument('-o', '--output', metavar='FILE', required=True,
+                       help='corrected picture (TIFF of the same type)')
+    files.add_argument('-b', '--background', metavar='FILE', help='also write the background that is removed: '
+                       'output = input - (background - its minimum)')
+    files.add_argument('-c', '--compress', metavar='LEVEL', type=whole_number(0, 9), default=0,
+                       help='deflate level of the files written, 0 is none (default: %(default)s)')
+    files.add_argument('--overwrite', action='store_true', help='replace files that exist')
+
+    choice = parser.add_argument_group('points').add_mutually_exclusive_group(required=True)
+    choice.add_argument('-p', '--points', metavar=('X', 'Y'), nargs='+', help='points of empty sky, in pixels')
+    choice.add_argument('-f', '--points-file', metavar='FILE',
+                        help='the same from a file, one pair a line, # starts a comment; - is standard input')
+
+    model = parser.add_argument_group('model')
+    model.add_argument('-s', '--sigma', metavar='PIXELS', type=number(0.1, 10000), default=SIGMA,
+                       help='standard deviation of the Gaussian blur at the points (default: %(default)g)')
+    model.add_argument('-m', '--smooth', metavar='NUMBER', type=auto_or(number(0, 1e12)), default='auto',
+                       help='auto: trend, shape and smoothness that predict points best from the others; '
+                       'a number: a multiquadric of that smoothness (default: %(default)s)')
+    model.add_argument('-r', '--rows', metavar='N', type=whole_number(1, 2**31), default=ROWS,
+                       help='rows worked on together; memory is proportional (default: %(default)s)')
+
+    other = parser.add_argument_group('other')
+    other.add_argument('-q', '--quiet', action='store_true', help='errors and warnings only')
+    other.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
+    other.add_argument('-h', '--help', action='help', help='show this help')
+    return parser
+
+
+def number(lowest, highest, kind=float):
+    """Return a function that turns text into a number of a range, for argparse."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(f'{text!r} is not a {"whole " * (kind is int)}number '
+                                             f'from {lowest:g} to {highest:g}')
+        return value
+    return convert
+
+
+def whole_number(lowest, highest):
+    """Return a function that turns text into a whole number of a range, for argparse."""
+    return number(lowest, highest, int)
+
+
+def auto_or(convert):
+    """Return a function that takes the word auto beside what another takes, for argparse."""
+    return lambda text: text if text == 'auto' else convert(text)
+
+
+class Interrupted(BaseException):
+    """A signal asked to stop."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def signals_raise():
+    """Turn the signals that end a program into an exception, so that it cleans up; only the first one counts."""
+    def stop(number, _):
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {each: signal.signal(each, stop) for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+
+
+def main(argv=None):
+    """Run the command line, `sys.argv` by default, and return the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.points is not None:
+        try:
+            options.points = parse_coordinates(options.points)
+        except RmgradientError as error:
+            parser.error(f'argument -p/--points: {error}')
+    with log_to_stderr(quiet=options.quiet):
+        try:
+            with signals_raise():
+                process(options)
+            return 0
+        except Interrupted as interruption:
+            return 128 + interruption.number
+        except RmgradientError as error:
+            logger.error('%s', error)
+        except OSError as error:
+            logger.error('%s%s', f'{error.filename}: ' if error.filename else '', error.strerror or error)
+        except MemoryError:
+            logger.error('%s: not enough memory; lower --rows', options.input)
+        return 1
+
+
+@contextlib.contextmanager
+def log_to_stderr(quiet):
+    """Show our messages, one line each, and none of tifffile's: what it complains of is an error or no matter."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter())
+    library = logging.getLogger('tifffile')
+    levels = logger.level, library.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    library.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(levels[0])
+        library.setLevel(levels[1])
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record):
+        kind = '' if record.levelno == logging.INFO else f'{record.levelname.lower()}: '
+        return f'rmgradient: {kind}{" ".join(record.getMessage().splitlines())}'
+
+
+def run():
+    """Run as a command: exit with the status, without waiting for threads if interrupted."""
+    status = main()
+    if status > 128:
+        os._exit(status)
+    sys.exit(status)
+
+
+if __name__ == '__main__':
+    run()

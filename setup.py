@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+version = re.search(r"^__version__ = '(.+)'", (here / 'rmgradient.py').read_text(encoding='utf-8'), re.MULTILINE)[1]
+
+setup(
+    name='rmgradient',
+    version=version,
+    description='Remove the background gradient from TIFF pictures of the sky',
+    long_description=(here / 'README.rst').read_text(encoding='utf-8'),
+    long_description_content_type='text/x-rst',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    py_modules=['rmgradient'],
+    entry_points={'console_scripts': ['rmgradient = rmgradient:run']},
+    python_requires='>=3.11',
+    install_requires=['numpy>=1.26', 'scipy>=1.11.2', 'tifffile[codecs]>=2024.8.10', 'tqdm>=4.60'],
+    extras_require={
+        'plot': ['matplotlib>=3.8'],
+        'test': ['pytest>=8', 'pytest-cov>=5', 'hypothesis>=6.100', 'matplotlib>=3.8', 'ruff>=0.11', 'codespell>=2.3'],
+    },
+    keywords='astrophotography background gradient light pollution TIFF radial basis function',
+    classifiers=[
+        'Environment :: Console',
+        'Intended Audience :: Science/Research',
+        'Programming Language :: Python :: 3',
+        'Topic :: Scientific/Engineering :: Astronomy',
+        'Topic :: Scientific/Engineering :: Image Processing',
+    ],
+)

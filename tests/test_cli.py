@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+import io
+import logging
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+from conftest import ROOT, draw, scatter, words
+from numpy.testing import assert_array_equal
+
+import rmgradient as rg
+
+sys.path.insert(0, str(ROOT / 'test_data'))
+import make_sky  # noqa: E402
+
+
+def expected(sky, points, smooth='auto', sigma=8.0, n_channels=3):
+    """Return corrected picture and background in float64, on whole frames."""
+    height, width = sky.shape[:2]
+    points = rg.make_points(points)
+    model = rg.fit_background(points, rg.measure_levels(sky[..., :n_channels], points, sigma)[0], smooth)
+    background = model.evaluate(0, height, width)
+    return sky[..., :n_channels] - (background - background.min(axis=(0, 1))), background
+
+
+# ---- the job --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype', ['u1', 'u2', 'u4', 'i2', 'f4', 'f8'])
+@pytest.mark.parametrize('n_samples', [1, 2, 3, 4])
+def test_every_type(cli, dtype, n_samples):
+    sky, _ = draw(n_channels=n_samples, dtype=np.dtype(dtype))
+    n_channels = 3 if n_samples > 2 else 1
+    tifffile.imwrite('sky.tif', sky if n_samples > 1 else sky[..., 0],
+                     photometric='rgb' if n_channels == 3 else 'minisblack',
+                     planarconfig='contig' if n_samples > 1 else None, extrasamples=[0] * (n_samples - n_channels))
+    assert cli('-b', 'bg.tif', '-r', 37) == 0
+    out, background = tifffile.imread('out.tif'), tifffile.imread('bg.tif')
+    assert out.dtype == sky.dtype == background.dtype
+    out, background = (a.reshape(*sky.shape[:2], -1) for a in (out, background))
+    assert out.shape == sky.shape
+    assert background.shape == (*sky.shape[:2], n_channels)
+    assert_array_equal(out[..., n_channels:], sky[..., n_channels:])
+    corrected, model = expected(sky, cli.points, n_channels=n_channels)
+    # Integers: rounded once. Floats: rounded to their own precision.
+    if out.dtype.kind == 'f':
+        tolerance = max(2 * np.finfo(out.dtype).eps, 1e-12)  # strips are evaluated to about 1e-14
+    else:
+        tolerance = 0.5 + 1e-6
+        corrected = np.clip(corrected, np.iinfo(out.dtype).min, np.iinfo(out.dtype).max)
+    assert np.abs(out[..., :n_channels] - corrected).max() <= tolerance
+    assert np.abs(background - model).max() <= tolerance
+    assert cli.files() == ['bg.tif', 'out.tif', 'sky.tif']
+
+
+def test_output_is_input_minus_background_plus_pedestal(cli):
+    tifffile.imwrite('sky.tif', cli.sky.astype(np.float64), photometric='rgb')
+    assert cli('-b', 'bg.tif') == 0
+    sky, out, background = (tifffile.imread(f'{name}.tif') for name in ('sky', 'out', 'bg'))
+    np.testing.assert_allclose(out, sky - background + background.min(axis=(0, 1)), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize('rows', [1, 13, 100, 1000])
+def test_rows_change_no_pixel(cli, rows):
+    assert cli('-r', rows) == 0
+    corrected, _ = expected(cli.sky, cli.points)
+    assert np.abs(tifffile.imread('out.tif') - corrected).max() <= 0.5 + 1e-6
+
+
+def test_smooth_and_sigma_are_used(cli):
+    assert cli('-m', 0.1, '-s', 3, '--overwrite') == 0
+    corrected, _ = expected(cli.sky, cli.points, 0.1, 3.0)
+    assert np.abs(tifffile.imread('out.tif') - np.clip(corrected, 0, None)).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize('level', [1, 6, 9])
+def test_compression_changes_no_pixel(cli, level):
+    assert cli() == 0
+    plain = tifffile.imread('out.tif')
+    assert cli('-c', level, '-b', 'bg.tif', '--overwrite') == 0
+    assert_array_equal(tifffile.imread('out.tif'), plain)
+    with tifffile.TiffFile('out.tif') as tif:
+        assert tif.pages[0].compression == 8
+        assert tif.pages[0].predictor == 2
+
+
+def test_profile_comes_along(cli):
+    profile = make_sky.srgb_profile()
+    tifffile.imwrite('sky.tif', cli.sky, photometric='rgb', iccprofile=profile)
+    assert cli('-b', 'bg.tif') == 0
+    for name in ('out.tif', 'bg.tif'):
+        with tifffile.TiffFile(name) as tif:
+            assert tif.pages[0].tags[34675].value == profile
+
+
+def test_same_command_same_bytes(cli, monkeypatch):
+    results = set()
+    for workers in (1, 2, 5):
+        monkeypatch.setattr(rg, 'N_WORKERS', workers)
+        assert cli('-c', 1, '-r', 7, '--overwrite') == 0
+        results.add((cli.folder / 'out.tif').read_bytes())
+    assert len(results) == 1
+
+
+# ---- points ---------------------------------------------------------------------------------------------------------
+
+def test_points_from_option_file_and_standard_input_are_the_same(cli, monkeypatch):
+    text = '# sky\n30 30 a comment\n60 40\n-0 -5\n90 60\n40 60\n'
+    (cli.folder / 'points').write_text('\ufeff' + text, encoding='utf-8')  # as Windows' editors begin a file
+    monkeypatch.setattr('sys.stdin', io.StringIO(text))
+    outputs = []
+    for points in (['-f', 'points'], ['-f', '-'], ['-p', *'30 30 60 40 -0 -5 90 60 40 60'.split()]):
+        assert cli('--overwrite', points=points) == 0
+        outputs.append(tifffile.imread('out.tif'))
+    assert_array_equal(outputs[0], outputs[1])
+    assert_array_equal(outputs[0], outputs[2])
+    corrected, _ = expected(cli.sky, [(30, 30), (60, 40), (-0.0, -5), (90, 60), (40, 60)])
+    assert np.abs(outputs[0] - corrected).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize(('points', 'status', 'match'), [
+    ('30 30 40 40 50', 2, '5 coordinates are not pairs'),
+    ('30 30 40 forty 50 50', 2, "'forty' is not a whole number"),
+    ('30 30 40 40.5 50 50', 2, 'not a whole number'),
+    ('-30 30 40 40 50 50', 1, 'first point has a minus sign'),
+    ('30 30 23 40 50 50', 1, 'sky.tif: point (23, 40) is within 24 pixels of the border; lower --sigma or move it'),
+    ('30 30 40 400 50 50', 1, 'sky.tif: point (40, 400) is outside of the picture, 120 x 90 pixels'),
+    ('30 30 -0 -90 50 50', 1, 'outside'),
+    ('30 30 40 40 30 30', 1, 'point 3 repeats point 1, (30, 30)'),
+    ('30 30 40 40', 1, '2 points are too few'),
+])
+def test_bad_points(cli, points, status, match):
+    cli.fails(status=status, match=match, points=['-p', *points.split()])
+
+
+@pytest.mark.parametrize(('text', 'match'), [
+    ('30 30\n40\n', 'points: line 2: 1 coordinates are not pairs'),
+    ('30 30\n40 x\n', "points: line 2: coordinate 'x'"),
+    ('', 'points: no points'),
+    ('30 30\n30 30\n40 40\n', 'points: point 2 repeats point 1'),
+])
+def test_bad_points_file(cli, text, match):
+    (cli.folder / 'points').write_text(text)
+    cli.fails(match=match, points=['-f', 'points'])
+
+
+def test_missing_points_file(cli):
+    cli.fails(match='nowhere: No such file', points=['-f', 'nowhere'])
+
+
+def test_warning_names_a_point_on_a_star(cli):
+    y, x = np.mgrid[0:300, 0:400]
+    sky = (1000 + x + np.random.default_rng(1).normal(0, 10, x.shape)
+           + 30000 * np.exp(-((x - 200) ** 2 + (y - 150) ** 2) / 18)).astype(np.uint16)
+    tifffile.imwrite('sky.tif', sky)
+    good = [p for p in scatter(300, 400, 40).tolist() if np.hypot(p[0] - 200, p[1] - 150) > 40]
+    assert cli('-q', '--overwrite', points=['-p', *words(good)]) == 0
+    assert cli.stderr == ''
+    assert cli('-q', '--overwrite', points=['-p', *words([*good, (201, 150)])]) == 0
+    assert re.fullmatch(r'rmgradient: warning: point \(201, 150\) is [\d.e+]+ brighter than its neighbors suggest: '
+                        r'on a star or nebula\?\n', cli.stderr)
+
+
+# ---- wrong usage ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('arguments', [
+    ['-s', '0'], ['-s', '-1'], ['-s', 'nan'], ['-s', 'wide'], ['-r', '0'], ['-r', '1.5'], ['-c', '10'], ['-c', '-1'],
+    ['-m', '-0.1'], ['-m', 'inf'], ['-m', 'automatic'],
+])
+def test_options_out_of_range(cli, arguments):
+    cli.fails(*arguments, status=2, match=f'{arguments[1]!r} is not a')
+
+
+def test_options_that_are_missing_or_too_many(cli):
+    cli.fails(status=2, match='one of the arguments', points=['-q'])
+    cli.fails('-f', 'points', status=2, match='not allowed with')
+    cli.fails('--nonsense', status=2, match='unrecognized arguments: --nonsense')
+
+
+def test_help_and_version(capsys):
+    for option, text in [('-h', 'isoline'), ('--version', rg.__version__)]:
+        with pytest.raises(SystemExit) as stop:
+            rg.main([option])
+        assert stop.value.code == 0
+        assert text in capsys.readouterr().out
+
+
+def test_remarks_and_quiet(cli):
+    assert cli() == 0
+    lines = cli.stderr.splitlines()
+    assert re.fullmatch(r'rmgradient: model: (mean|plane) and a multiquadric of shape \d+ pixels and '
+                        r'smoothness [\d.e-]+; points are predicted from the others to \S+, \S+, \S+ \(root mean square\)', lines[0])
+    assert lines[1].startswith('rmgradient: out.tif: written; the sky is level at ')
+    assert cli('-q', '--overwrite') == 0
+    assert cli.stderr == ''
+
+
+def test_logging_is_left_as_it_was(cli):
+    logger = logging.getLogger('rmgradient')
+    before = logger.level, list(logger.handlers), logging.getLogger('tifffile').level
+    cli()
+    assert before == (logger.level, list(logger.handlers), logging.getLogger('tifffile').level)
+
+
+def test_limited_values_are_counted(cli):
+    sky = cli.sky.copy()
+    sky[80:, :20] = 5  # black where the glow is strong
+    tifffile.imwrite('sky.tif', sky, photometric='rgb')
+    assert cli('-q') == 0
+    corrected, _ = expected(sky, cli.points)
+    n_limited = np.count_nonzero(corrected < -0.5)
+    assert f'warning: out.tif: {n_limited} values below or above what uint16 can hold' in cli.stderr
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def test_input_that_is_no_picture(cli):
+    for name, content, match in [('missing.tif', None, 'missing.tif: No such file'),
+                                 ('text.tif', b'hello', 'not a TIFF'), ('empty.tif', b'', 'not a TIFF'), ('header.tif', b'II*\0', 'damaged')]:
+        if content is not None:
+            (cli.folder / name).write_bytes(content)
+        cli.fails('-i', name, match=match)
+    cli.fails('-i', '.', match='not a regular file')
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may read everything')
+def test_input_without_permission(cli):
+    (cli.folder / 'sky.tif').chmod(0)
+    cli.fails(match='sky.tif: Permission denied')
+
+
+def test_truncated_input(cli):
+    data = (cli.folder / 'sky.tif').read_bytes()
+    for size in (9, len(data) // 2, len(data) - 1):
+        (cli.folder / 'sky.tif').write_bytes(data[:size])
+        cli.fails(match='sky.tif: ')
+
+
+def test_output_that_exists(cli):
+    (cli.folder / 'out.tif').write_text('precious')
+    cli.fails(match='out.tif: exists; choose another name or use --overwrite')
+    cli.fails('-b', 'sky.tif', match='out.tif: exists')
+    assert cli('--overwrite') == 0
+    assert tifffile.imread('out.tif').shape == cli.sky.shape
+
+
+def test_output_in_the_wrong_place(cli):
+    cli.fails('-o', 'nowhere/out.tif', match='nowhere/out.tif: there is no folder')
+    (cli.folder / 'folder').mkdir()
+    cli.fails('-o', 'folder', match='folder: is a folder')
+    cli.fails('-b', 'nowhere/bg.tif', match='nowhere/bg.tif: there is no folder')
+
+
+def test_outputs_are_told_from_inputs_and_each_other(cli):
+    os.symlink('sky.tif', 'link.tif')
+    os.link('sky.tif', 'hard.tif')
+    (cli.folder / 'points').write_text('30 30\n40 40\n50 50\n')
+    for name in ('sky.tif', './sky.tif', 'link.tif', 'hard.tif'):
+        cli.fails('-o', name, '--overwrite', match='is the input sky.tif')
+        cli.fails('-b', name, '--overwrite', match='is the input sky.tif')
+    cli.fails('-o', 'points', '--overwrite', match='is the input points', points=['-f', 'points'])
+    cli.fails('-b', 'out.tif', match='out.tif: is the same file as out.tif')
+    cli.fails('-b', './out.tif', match='is the same file as out.tif')
+    os.symlink('out.tif', 'other.tif')
+    cli.fails('-b', 'other.tif', match='is the same file as out.tif')
+
+
+def test_not_a_number_in_a_window(cli):
+    sky = cli.sky.astype(np.float32)
+    x, y = cli.points[3]
+    sky[y, x, 1] = np.nan
+    tifffile.imwrite('sky.tif', sky, photometric='rgb')
+    assert re.search(r'sky.tif: point \(\d+, \d+\) has NaN', cli.fails(match='NaN or infinite pixels'))
+
+
+def test_not_a_number_elsewhere_stays(cli):
+    sky = cli.sky.astype(np.float32)
+    sky[0, 0] = np.nan, np.inf, -np.inf
+    tifffile.imwrite('sky.tif', sky, photometric='rgb')
+    assert cli('-s', 2) == 0
+    assert_array_equal(tifffile.imread('out.tif')[0, 0], sky[0, 0])
+
+
+def test_out_of_memory(cli, monkeypatch):
+    def give_up(*_):
+        raise MemoryError
+    monkeypatch.setattr(rg.TiffImage, 'read', give_up)
+    cli.fails(match='sky.tif: not enough memory; lower --rows')
+
+
+# ---- for real -------------------------------------------------------------------------------------------------------
+
+def test_script_through_xargs(tmp_path):
+    command = f'xargs {sys.executable} {ROOT}/rmgradient.py -i {ROOT}/test_data/sky.tif -o out.tif -b bg.tif -q -p'
+    with open(ROOT / 'test_data' / 'skypoints') as points:
+        done = subprocess.run(command.split(), stdin=points, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+    truth = make_sky.true_background()
+    background = tifffile.imread(tmp_path / 'bg.tif').astype(float)
+    assert np.all((background - truth).std(axis=(0, 1)) < 12)  # of 2000 to 4000 counts of glow, see README.rst
+    with tifffile.TiffFile(tmp_path / 'out.tif') as tif:
+        assert tif.pages[0].tags[34675].value == make_sky.srgb_profile()
+
+
+def test_demonstration_from_anywhere_and_again(tmp_path):
+    for _ in range(2):
+        subprocess.run([ROOT / 'test_sky_image.sh', sys.executable], cwd=tmp_path, check=True, capture_output=True)
+    assert tifffile.imread(ROOT / 'sky_out.tif').shape == (400, 600, 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drawn_sky_is_what_the_script_draws(tmp_path):
+    subprocess.run([sys.executable, ROOT / 'test_data' / 'make_sky.py', tmp_path], check=True)
+    drawn = tifffile.imread(tmp_path / 'sky.tif').astype(int)
+    # Another processor may round an exponential otherwise, and so a pixel.
+    assert np.abs(drawn - tifffile.imread(ROOT / 'test_data' / 'sky.tif')).max() <= 1
+    assert (tmp_path / 'skypoints').read_text() == (ROOT / 'test_data' / 'skypoints').read_text()
+    assert (ROOT / 'test_data' / 'sky.tif').stat().st_size < 1.5e6
+    assert '-' in (tmp_path / 'skypoints').read_text()
+
+
+def test_missing_library_is_one_line(tmp_path):
+    (tmp_path / 'imagecodecs.py').write_text('raise ModuleNotFoundError("no", name="imagecodecs")\n')
+    done = subprocess.run([sys.executable, ROOT / 'rmgradient.py', '-h'], capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    assert done.returncode == 1
+    assert done.stderr == ('rmgradient: error: imagecodecs is missing; '
+                           'run: python -m pip install numpy scipy "tifffile[codecs]" tqdm\n')
