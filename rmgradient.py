@@ -18,6 +18,7 @@ level as that point, and is not measured.
 """
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ import sys
 if IS_COMMAND := os.path.splitext(os.path.basename(sys.argv[0]))[0] == 'rmgradient':
     # An interruption while the libraries load ends quietly; main() takes over later.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    gc.disable()  # loading libraries makes much and frees nothing: checking that takes 5 % of an ordinary run
     # Our own threads take strips each; more of them inside of small matrix products would only be in their way.
     os.environ.update(dict.fromkeys(
         ('OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'OMP_NUM_THREADS', 'VECLIB_MAXIMUM_THREADS'), '1'))
@@ -33,13 +35,13 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import errno
 import functools
 import itertools
 import logging
 import math
 import re
-import secrets
 import stat
 import struct
 import threading
@@ -191,8 +193,8 @@ def measure_levels(image, points, sigma=SIGMA):
 
     Parameters
     ----------
-    image : (height, width, n_channels) ndarray, or anything with that shape whose slices of rows are ndarrays
-        Read once from top to bottom, `ROWS` rows at a time, only where there are points.
+    image : (height, width, n_channels) ndarray, or anything with that shape that gives ndarrays of rows and columns
+        Only the windows around the points are read, from top to bottom.
     points : Points
         One on an isoline takes the level of its leader.
     sigma : float
@@ -209,43 +211,41 @@ def measure_levels(image, points, sigma=SIGMA):
     ------
     RmgradientError
         If a measured point is too close to the border, a point is outside, or its surroundings are not all finite.
-
-    Notes
-    -----
-    The Gaussian separates into rows and columns, so that each row needs only to be weighted and summed as it comes;
-    what is kept are (2 * radius + 1) sums a point and channel. Neither depends on how many rows are read together.
     """
     height, width, n_channels = image.shape
     kernel = blur_kernel(sigma)
     radius = len(kernel) // 2
     check_points(points, height, width, radius)
-    measured = np.flatnonzero(~points.on_isoline)
-    top, left = points.y[measured] - radius, points.x[measured] - radius
-    bottom, right = top + len(kernel), left + len(kernel)
-    # Weighted sums of each row of each window: of the values, and for the noise with squared weights: of 1, v, v^2.
-    sums = np.zeros((len(measured), len(kernel), 3, n_channels))
-    weights, squares = kernel[:, None], kernel[:, None] ** 2
-    for start, stop in row_groups(height):
-        hit = np.flatnonzero((top < stop) & (bottom > start))
-        if not len(hit):
+    levels, noise = np.empty((2, len(points.x), n_channels))
+    for i in np.lexsort([points.x, points.y]):
+        if points.on_isoline[i]:
             continue
-        rows = image[start:stop]
-        for i in hit:
-            a, b = max(start, top[i]), min(stop, bottom[i])
-            window = rows[a - start:b - start, left[i]:right[i]].astype(float)
-            with np.errstate(invalid='ignore', over='ignore'):  # inf - inf: found below
-                sums[i, a - top[i]:b - top[i]] = np.stack(
-                    [(window * weights).sum(1), (window * squares).sum(1), (window**2 * squares).sum(1)], axis=1)
-    with np.errstate(invalid='ignore', over='ignore'):
-        values = (sums[:, :, 0] * weights).sum(1)
-        total, first, second = (squares.sum() ** 2, *((sums[:, :, k] * squares).sum(1) for k in (1, 2)))
-        variance = second - 2 * values * first + values**2 * total
-    for i, j in enumerate(measured):
-        if not np.isfinite(values[i]).all():
-            raise RmgradientError(f'point ({points.x[j]}, {points.y[j]}) has NaN or infinite pixels within {radius} '
-                                  'pixels; move it or lower --sigma')
-    where = np.searchsorted(measured, points.leader)
-    return values[where], np.sqrt(np.maximum(np.nan_to_num(variance), 0))[where]
+        x, y = points.x[i], points.y[i]
+        with np.errstate(invalid='ignore', over='ignore'):  # inf - inf gives NaN
+            levels[i], noise[i] = _blur(image, y - radius, x - radius, kernel)
+        if not np.isfinite(levels[i]).all():
+            raise RmgradientError(f'point ({x}, {y}) has NaN or infinite pixels within {radius} pixels; '
+                                  'move it or lower --sigma')
+    return levels[points.leader], noise[points.leader]
+
+
+def _blur(image, top, left, kernel):
+    """Return the weighted mean of a window of the image, and its standard error; a Gaussian separates into x and y."""
+    weights, squares = kernel[:, None], kernel[:, None] ** 2
+    # Sums of the rows: of the values, and with squared weights of the values and their squares.
+    sums = np.zeros((3, len(kernel), image.shape[2]))
+    for start, stop in row_groups(len(kernel)):
+        window = image[top + start:top + stop, left:left + len(kernel)].astype(float)
+        sums[:, start:stop] = (window * weights).sum(1), (window * squares).sum(1), (window**2 * squares).sum(1)
+    level = (sums[0] * weights).sum(0)
+    first, second = (sums[1:] * squares).sum(1)
+    variance = second - 2 * level * first + level**2 * squares.sum() ** 2
+    return level, np.sqrt(np.maximum(variance, 0))
+
+
+def row_groups(height, rows=ROWS):
+    """Return (start, stop) of each group of rows."""
+    return [(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
 # ---- Model ----------------------------------------------------------------------------------------------------------
@@ -279,51 +279,79 @@ class BackgroundModel:
         self.rbf, self.plane, self.choice = rbf, plane, choice
         self.n_channels = plane.shape[1]
 
+    def darkened(self, pedestal):
+        """Return the model less (n_channels,) constants; less its lowest values, it is what is subtracted."""
+        return BackgroundModel(self.rbf, self.plane - [pedestal, 0 * pedestal, 0 * pedestal], self.choice)
+
     def blocks(self, start, stop, width):
-        """Evaluate rows start to stop - 1, a few at a time.
+        """Evaluate rows start to stop - 1, block by block.
 
         Yields
         ------
-        (n_rows, width, n_channels) float64 ndarray
-            Background in data units, from top to bottom. It is overwritten by the next one.
+        rows, columns : slice
+            Place of the block, rows counted from start.
+        background : (n_rows, n_columns, n_channels) float64 ndarray
+            In data units.
 
         Notes
         -----
         The surface is evaluated at Chebyshev nodes (see `chebyshev_panels`) and expanded to pixels by two matrix
-        products, first along x, then along y. Memory: 24 bytes x width x (nodes along y), plus one block of about 1 MB.
+        products, first along x, then along y. Memory: 8 bytes x n_channels x width x (nodes along y), and one block,
+        1 MB unless a single column of the rows is more.
         """
-        x_nodes, x_matrix = chebyshev_panels(width, self.rbf.epsilon)
-        y_nodes, y_matrix = chebyshev_panels(stop - start, self.rbf.epsilon)
-        step = max(1, BLOCK // (width * self.n_channels))
-        for panel, nodes in zip(range(start, stop, len(y_matrix)), start + y_nodes):
-            columns = x_matrix @ self._at_nodes(x_nodes.ravel(), nodes).reshape(
-                len(nodes), *x_nodes.shape, self.n_channels)
-            columns = columns.reshape(len(nodes), -1, self.n_channels)[:, :width].reshape(len(nodes), -1)
-            matrix = y_matrix[:stop - panel]
-            for row in range(0, len(matrix), step):
-                yield (matrix[row:row + step] @ columns).reshape(-1, width, self.n_channels)
+        for top, y_matrix, along_x in self._panels(start, stop, width):
+            step = max(1, BLOCK // (len(y_matrix) * self.n_channels))
+            for left in range(0, width, step):
+                columns = slice(left, min(left + step, width))
+                background = y_matrix @ along_x[:, columns].reshape(len(along_x), -1)
+                yield (slice(top, top + len(y_matrix)), columns,
+                       background.reshape(len(y_matrix), -1, self.n_channels))
+
+    def lower_bound(self, start, stop, width):
+        """Return (n_channels,) values that no pixel of rows start to stop - 1 is below, for a tenth of `blocks`' work.
+
+        Weights of sum 1 and absolute sum L take values between a and b to no less than (a + b) / 2 - L (b - a) / 2.
+        """
+        bounds = []
+        for _, y_matrix, along_x in self._panels(start, stop, width):
+            a, b = along_x.min(axis=0), along_x.max(axis=0)
+            bounds.append(((a + b) / 2 - np.abs(y_matrix).sum(axis=1).max() * (b - a) / 2).min(axis=0))
+        return np.min(bounds, axis=0)
 
     def evaluate(self, start, stop, width):
         """Return rows start to stop - 1 as a (stop - start, width, n_channels) float64 ndarray, in data units."""
-        return np.concatenate(list(self.blocks(start, stop, width)))
+        background = np.empty((stop - start, width, self.n_channels))
+        for rows, columns, block in self.blocks(start, stop, width):
+            background[rows, columns] = block
+        return background
+
+    def _panels(self, start, stop, width):
+        """Yield the top of each panel of rows, its matrix, and the (n_nodes, width, n_channels) values at its nodes."""
+        x_nodes, x_matrix = chebyshev_panels(width, self.rbf.epsilon)
+        y_nodes, y_matrix = chebyshev_panels(stop - start, self.rbf.epsilon)
+        for top, nodes in zip(range(0, stop - start, len(y_matrix)), start + y_nodes):
+            at_nodes = self._at_nodes(x_nodes.ravel(), nodes).reshape(*x_nodes.shape, -1)
+            along_x = (x_matrix @ at_nodes).reshape(-1, len(nodes), self.n_channels)[:width]
+            yield top, y_matrix[:stop - start - top], np.ascontiguousarray(along_x.transpose(1, 0, 2))
 
     def _at_nodes(self, x, y):
-        """Return the (len(y), len(x), n_channels) values on a grid, `BLOCK` pairs of node and center at a time."""
+        """Return the (len(x), len(y), n_channels) values on a grid, `BLOCK` pairs of node and center at a time."""
         center_x, center_y = self.rbf.xi[:, None]
         scale = 1 / self.rbf.epsilon
         below = ((y[:, None] - center_y) * scale) ** 2 + 1
-        values = np.empty((len(y), len(x), self.n_channels))
+        values = np.empty((len(x), len(y), self.n_channels))
         step = max(1, BLOCK // self.rbf.N)
         for column in range(0, len(x), step):
             here = slice(column, column + step)
             beside = ((x[here, None] - center_x) * scale) ** 2
             for row in range(len(y)):
-                values[row, here] = np.sqrt(beside + below[row]) @ self.rbf.nodes
+                values[here, row] = np.sqrt(beside + below[row]) @ self.rbf.nodes
         constant, along_x, along_y = self.plane
-        return values + (constant + x[:, None] * along_x) + (y[:, None] * along_y)[:, None]
+        return values + (constant + x[:, None] * along_x)[:, None] + y[:, None] * along_y
 
 
-BLOCK = 2**17  # float64 values worked on together: 1 MB, which stays in a core's own cache
+# float64 values worked on together, 1 MB: with fewer, threads wait for the interpreter; more leave the cache
+BLOCK = 2**17
 
 
 @functools.lru_cache(maxsize=16)
@@ -538,13 +566,18 @@ def left_out_errors(weights, precision, leader):
     With precision G, the errors of points i left out together are `-G_ii^-1 w_i`: no model needs to be fitted anew
     (Rippa 1999, Advances in Computational Mathematics 11, 193, for single points).
     """
-    errors, spread = np.empty_like(weights), np.empty_like(weights)
-    for first in np.unique(leader):
-        left_out = np.flatnonzero(leader == first)
-        covariance = np.linalg.pinv(precision[np.ix_(left_out, left_out)], hermitian=True)
-        errors[left_out] = -covariance @ weights[left_out]
-        spread[left_out] = errors[left_out] / np.sqrt(np.diag(covariance))[:, None]
-    return errors, spread
+    # A point without which the others do not determine the trend can't be judged, and gets no error.
+    diagonal = np.diag(precision)
+    judged = diagonal > 1e-12 * diagonal.max()
+    variance = np.where(judged, 1 / np.where(judged, diagonal, 1), 0)[:, None]
+    errors = -variance * weights
+    for first, n_points in zip(*np.unique(leader, return_counts=True)):
+        if n_points > 1:
+            left_out = np.flatnonzero(leader == first)
+            covariance = np.linalg.pinv(precision[np.ix_(left_out, left_out)], hermitian=True)
+            errors[left_out] = -covariance @ weights[left_out]
+            variance[left_out, 0] = np.diag(covariance)
+    return errors, errors / np.sqrt(np.where(variance > 0, variance, 1))
 
 
 def find_misfits(points, levels, noise, choice):
@@ -621,16 +654,23 @@ def _typical(spread):
     return 1.4826 * np.median(np.abs(spread), axis=0) + np.finfo(float).tiny
 
 
-def row_groups(height, rows=ROWS):
-    """Return (start, stop) of each group of rows."""
-    return [(start, min(start + rows, height)) for start in range(0, height, rows)]
-
-
 def find_pedestal(model, height, width, rows=ROWS, starmap=itertools.starmap):
-    """Return the (n_channels,) lowest background of each channel over all pixels of the frame, in data units."""
+    """Return the (n_channels,) lowest background of each channel over all pixels of the frame, in data units.
+
+    Only those groups of rows are evaluated whose lower bound leaves the possibility that they hold it.
+    """
+    def bound(start, stop):
+        return model.lower_bound(start, stop, width)
+
     def lowest(start, stop):
-        return np.min([block.min(axis=0).min(axis=0) for block in model.blocks(start, stop, width)], axis=0)
-    return np.min(list(starmap(lowest, row_groups(height, rows))), axis=0)
+        return np.min([block.min(axis=0).min(axis=0) for _, _, block in model.blocks(start, stop, width)], axis=0)
+
+    groups = row_groups(height, rows)
+    bounds = np.array(list(starmap(bound, groups)))
+    first = np.unique(bounds.argmin(axis=0))
+    found = np.min([lowest(*groups[i]) for i in first], axis=0)
+    rest = [groups[i] for i in np.flatnonzero((bounds < found).any(axis=1)) if i not in first]
+    return np.min([found, *starmap(lowest, rest)], axis=0)
 
 
 # ---- Correction -----------------------------------------------------------------------------------------------------
@@ -640,22 +680,21 @@ def white_of(dtype):
     return np.iinfo(dtype).max if np.dtype(dtype).kind in 'ui' else 1.0
 
 
-def correct(strip, background, pedestal, method='subtract', dither=None):
+def correct(strip, shift, method='subtract', pedestal=None, dither=None):
     """Remove the background from a strip of the picture.
 
     Parameters
     ----------
     strip : (n_rows, width, n_channels) ndarray
-    background : (n_rows, width, n_channels) float64 ndarray
-        In data units.
-    pedestal : (n_channels,) ndarray
-        Lowest background of the frame, in data units: the part that stays.
+    shift : (n_rows, width, n_channels) float64 ndarray
+        Background minus pedestal, in data units: 0 where the background is darkest, and positive elsewhere. What
+        `BackgroundModel.darkened` gives.
     method : str
-        With shift = background - pedestal, which is 0 at the darkest background and positive elsewhere:
-
         - 'subtract': strip - shift;
         - 'stretch': (strip - shift) * white / (white - shift), so that white stays white, see `white_of`;
-        - 'divide': strip * pedestal / background.
+        - 'divide': strip * pedestal / (shift + pedestal).
+    pedestal : (n_channels,) ndarray, optional
+        Lowest background of the frame, in data units, for 'divide'.
     dither : (n_rows, width, n_channels) ndarray, optional
         Noise uniform in -0.5 ... 0.5, added to integers before they are rounded.
 
@@ -670,23 +709,21 @@ def correct(strip, background, pedestal, method='subtract', dither=None):
     Raises
     ------
     RmgradientError
-        If the strip holds floats above white and is to be stretched.
+        If a strip to be stretched holds floats above white, or loses all of it.
     """
-    pedestal = np.broadcast_to(pedestal, strip.shape[1:]).copy()  # whole rows: numpy is slow on rows of three values
-    if method == 'divide':
-        corrected = strip * (pedestal / background)
-    else:
-        shift = background - pedestal
-        if method == 'subtract' and strip.dtype.kind in 'ui':
+    if method == 'subtract':
+        if strip.dtype.kind in 'ui':
             return _subtract_integers(strip, shift if dither is None else shift - dither)
-        corrected = strip - shift
-        if method == 'stretch':
-            white = white_of(strip.dtype)
-            if strip.dtype.kind == 'f' and (strip > white).any():
-                raise RmgradientError('--stretch takes 1.0 for white, but there are values up to '
-                                      f'{np.nanmax(strip):g}; divide the picture by that first')
-            corrected *= white / (white - shift)
-    return to_dtype(corrected, strip.dtype, dither)
+        return to_dtype(strip - shift, strip.dtype)
+    if method == 'divide':
+        return to_dtype(strip * (pedestal / (shift + pedestal)), strip.dtype, dither)
+    white = white_of(strip.dtype)
+    if strip.dtype.kind == 'f' and (strip > white).any():
+        raise RmgradientError('--stretch takes 1.0 for white, but there are values up to '
+                              f'{np.nanmax(strip):g}; divide the picture by that first')
+    if shift.max() >= white:
+        raise RmgradientError(f'--stretch can not keep white, {white:g}, where {shift.max():g} is subtracted')
+    return to_dtype((strip - shift) * (white / (white - shift)), strip.dtype, dither)
 
 
 def to_dtype(values, dtype, dither=None):
@@ -712,12 +749,23 @@ def _subtract_integers(strip, shift):
     faster than float64; it differs only where the difference is halfway between two integers.
     """
     unsigned = np.dtype(f'u{strip.itemsize}')
-    lowest = np.array(np.iinfo(strip.dtype).min, strip.dtype).view(unsigned)
-    offset = strip.view(unsigned) ^ lowest  # signed integers, counted from their lowest value
-    rounded, largest = np.rint(shift), _largest(unsigned)
-    shift = np.minimum(rounded, largest).astype(unsigned)
-    n_limited = np.count_nonzero((offset < shift) | (rounded > largest))
-    return ((np.maximum(offset, shift) - shift) ^ lowest).view(strip.dtype), n_limited
+    if is_signed := strip.dtype != unsigned:  # counted from the lowest value
+        lowest = np.array(np.iinfo(strip.dtype).min, strip.dtype).view(unsigned)
+        offset = strip.view(unsigned) ^ lowest
+    else:
+        offset = strip
+    shift, n_beyond = np.rint(shift), 0
+    if shift.max() > _largest(unsigned):
+        beyond = shift > _largest(unsigned)
+        n_beyond = np.count_nonzero(beyond & (offset == np.iinfo(unsigned).max))  # the others are counted below
+        shift[beyond] = _largest(unsigned)
+    shift = shift.astype(unsigned)
+    n_limited = np.count_nonzero(offset < shift) + n_beyond
+    difference = np.maximum(offset, shift)
+    difference -= shift
+    if is_signed:
+        difference ^= lowest
+    return difference.view(strip.dtype), n_limited
 
 
 def dither_noise(start, stop, width, n_channels, stream=0):
@@ -766,9 +814,9 @@ NAMES_OF_COMPRESSIONS = {2: 'CCITT', 3: 'CCITT fax 3', 4: 'CCITT fax 4', 6: 'old
 class TiffImage:
     """An open TIFF picture that gives any of its rows.
 
-    Wherever an array of shape (height, width, n_channels) is sliced into rows, this serves as well: it has `shape` and
-    `dtype`, and `image[start:stop]` is an array of the color channels. Extra samples (alpha) come with `read`. Gray
-    pictures whose zero is white are read inverted, so that light is positive.
+    Wherever a window of rows and columns is cut out of a (height, width, n_channels) array, this serves as well: it has
+    `shape` and `dtype`, and `image[top:bottom, left:right]` is an array of the color channels. Extra samples (alpha)
+    come with `read`. Gray pictures whose zero is white are read inverted, so that light is positive.
 
     Attributes
     ----------
@@ -850,29 +898,32 @@ class TiffImage:
                 raise RmgradientError(f'{self.path}: not a TIFF file') from error
             raise RmgradientError(f'{self.path}: damaged: {str(error) or type(error).__name__}') from error
 
-    def __getitem__(self, rows):
-        return self.read(*rows.indices(self.shape[0])[:2])[..., :self.shape[2]]
+    def __getitem__(self, window):
+        rows, columns = window
+        return self.read(rows.start, rows.stop, columns.start, columns.stop)[..., :self.shape[2]]
 
-    def read(self, start, stop):
-        """Return rows start to stop - 1 as a (stop - start, width, n_samples) ndarray in native byte order."""
+    def read(self, start, stop, left=0, right=None):
+        """Return rows start to stop - 1 as a (n_rows, n_columns, n_samples) ndarray in native byte order."""
         height, width, _ = self.shape
+        right = right or width
         segment_height, segment_width = self._segment_shape
         across, down = -(-width // segment_width), -(-height // segment_height)
         planes = self.n_samples if self._page.planarconfig == 2 else 1
-        rows = np.empty((stop - start, width, self.n_samples), self.dtype)
-        indices = [(plane, i, j) for plane in range(planes)
-                   for i in range(start // segment_height, -(-stop // segment_height)) for j in range(across)]
+        window = np.empty((stop - start, right - left, self.n_samples), self.dtype)
+        indices = list(itertools.product(range(planes), range(start // segment_height, -(-stop // segment_height)),
+                                         range(left // segment_width, -(-right // segment_width))))
         for plane, i, j in indices:
-            top, left = i * segment_height, j * segment_width
-            first, last = max(start, top), min(stop, top + segment_height)
+            x, y = j * segment_width, i * segment_height
+            first, last = max(start, y), min(stop, y + segment_height)
+            first_x, last_x = max(left, x), min(right, x + segment_width)
             with self._damage():
                 index = (plane * down + i) * across + j
-                segment = self._segment_rows(index, first - top, last - top, len(indices))[:, :width - left]
-                if segment.shape[:2] != (last - first, min(segment_width, width - left)):
+                segment = self._segment_rows(index, first - y, last - y, len(indices))[:, first_x - x:last_x - x]
+                if segment.shape[:2] != (last - first, last_x - first_x):
                     raise ValueError(f'segment {index} is cut short')
             samples = slice(plane, plane + 1) if planes > 1 else slice(None)
-            rows[first - start:last - start, left:left + segment_width, samples] = segment
-        return invert(rows) if self.photometric == 0 else rows
+            window[first - start:last - start, first_x - left:last_x - left, samples] = segment
+        return invert(window) if self.photometric == 0 else window
 
     def _segment_rows(self, index, start, stop, n_segments):
         """Return rows of a strip or tile, counted from its top, of which the caller needs `n_segments`."""
@@ -1266,7 +1317,7 @@ def _publish(temporary, overwrite):
 
 def _beside(path):
     """Return a name for a temporary file in the folder of a path, short enough for every file system."""
-    return os.path.join(os.path.dirname(path), f'.rmgradient-{secrets.token_hex(8)}')
+    return os.path.join(os.path.dirname(path), f'.rmgradient-{os.urandom(8).hex()}')
 
 
 def _name_anew(path, name):
@@ -1376,21 +1427,21 @@ def write_outputs(files, image, model, pedestal, options, starmap):
     here alone, beside the points. Memory: a few strips a worker.
     """
     height, width, n_channels = image.shape
+    darkened = model.darkened(pedestal)
     writers = [TiffStrips(file, image, n_samples, options.rows, options.compress)
                for file, n_samples in zip(files, (image.n_samples, n_channels))]
 
     def finish(start, stop):
         strip = image.read(start, stop)
         background = np.empty((stop - start, width, n_channels), image.dtype)
-        n_limited, row = 0, 0
-        for block in model.blocks(start, stop, width):
-            rows = slice(row, row := row + len(block))
-            color = strip[rows, :, :n_channels]
+        n_limited = 0
+        for rows, columns, shift in darkened.blocks(start, stop, width):
+            color = strip[rows, columns, :n_channels]
             with about(image.path):
-                color[...], n = correct(color, block, pedestal)
+                color[...], n = correct(color, shift)
             n_limited += n
             if len(writers) > 1:
-                background[rows] = to_dtype(block, image.dtype)[0]
+                background[rows, columns] = to_dtype(shift + pedestal, image.dtype)[0]
         return [writer.encode(pixels) for writer, pixels in zip(writers, (strip, background))], n_limited
 
     total = 0
@@ -1602,11 +1653,20 @@ class _Formatter(logging.Formatter):
 
 
 def run():
-    """Run as a command: exit with the status, without waiting for threads if interrupted."""
+    """Run as a command, and exit with the status at once.
+
+    Threads that still work on strips are not waited for, nor are the libraries taken apart, which takes a twentieth of
+    an ordinary run: all files are complete or gone.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        # Keep freed memory for the next strip: to have it mapped and zeroed anew takes longer than to fill it.
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
+        libc.mallopt(mmap_threshold, 2**25)
+        libc.mallopt(trim_threshold, 2**30)
     status = main()
-    if status > 128:
-        os._exit(status)
-    sys.exit(status)
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == '__main__':

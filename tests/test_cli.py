@@ -192,7 +192,8 @@ def test_remarks_and_quiet(cli):
     assert cli() == 0
     lines = cli.stderr.splitlines()
     assert re.fullmatch(r'rmgradient: model: (mean|plane) and a multiquadric of shape \d+ pixels and '
-                        r'smoothness [\d.e-]+; points are predicted from the others to \S+, \S+, \S+ \(root mean square\)', lines[0])
+                        r'smoothness [\d.e-]+; '
+                        r'points are predicted from the others to \S+, \S+, \S+ \(root mean square\)', lines[0])
     assert lines[1].startswith('rmgradient: out.tif: written; the sky is level at ')
     assert cli('-q', '--overwrite') == 0
     assert cli.stderr == ''
@@ -219,7 +220,9 @@ def test_limited_values_are_counted(cli):
 
 def test_input_that_is_no_picture(cli):
     for name, content, match in [('missing.tif', None, 'missing.tif: No such file'),
-                                 ('text.tif', b'hello', 'not a TIFF'), ('empty.tif', b'', 'not a TIFF'), ('header.tif', b'II*\0', 'damaged')]:
+                                 ('text.tif', b'hello', 'not a TIFF'),
+                                 ('empty.tif', b'', 'not a TIFF'),
+                                 ('header.tif', b'II*\0', 'damaged')]:
         if content is not None:
             (cli.folder / name).write_bytes(content)
         cli.fails('-i', name, match=match)

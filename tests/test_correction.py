@@ -4,7 +4,7 @@ import pytest
 from conftest import draw
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_array_equal
 
 import rmgradient as rg
 
@@ -28,36 +28,28 @@ def test_integers_never_wrap(dtype):
     image[0, :2] = [[limits.min], [limits.max]]
     for most in (0.0, 0.4, 3.0, span / 3, span, 3 * span):
         shift = rng.uniform(0, most, image.shape) + 0.1  # no ties
-        corrected, n_limited = rg.correct(image, shift + 77.0, np.full(3, 77.0))
+        corrected, n_limited = rg.correct(image, shift)
         expected, n_expected = exact(image, shift, dtype)
         assert corrected.dtype == image.dtype
-        # 77 is added and taken away: beyond 2^45 this costs a few counts of a huge shift.
-        assert_allclose(corrected.astype(float), expected.astype(float), rtol=1e-15, atol=max(0, span * 2**-50))
+        assert_array_equal(corrected, expected)
         assert n_limited == n_expected
 
 
 @pytest.mark.parametrize('dtype', ['f2', 'f4', 'f8'])
 def test_floats_are_only_cast(dtype):
     image = np.array([[[0.5], [0.1], [np.nan], [np.inf], [-np.inf]]], dtype)
-    corrected, n_limited = rg.correct(image, np.full(image.shape, 0.75), np.array([0.25]))
+    corrected, n_limited = rg.correct(image, np.full(image.shape, 0.5))
     expected = np.array([[[0.0], [float(image[0, 1, 0]) - 0.5], [np.nan], [np.inf], [-np.inf]]]).astype(dtype)
     assert corrected.dtype == image.dtype
     assert_array_equal(corrected, expected)
     assert n_limited == 0
 
 
-def test_each_channel_has_its_own_pedestal():
-    image = np.full((1, 1, 3), 1000, np.uint16)
-    corrected, _ = rg.correct(image, np.array([[[300.0, 200.0, 100.0]]]), np.array([100.0, 50.0, 100.0]))
-    assert corrected.tolist() == [[[800, 850, 1000]]]
-
-
-@given(st.integers(0, 65535), st.floats(0, 70000), st.floats(0, 5000))
-def test_rounding_is_to_nearest(value, shift, pedestal):
+@given(st.integers(0, 65535), st.floats(0, 70000))
+def test_rounding_is_to_nearest(value, shift):
     image = np.full((1, 1, 1), value, np.uint16)
-    corrected, _ = rg.correct(image, np.full((1, 1, 1), shift + pedestal), np.array([pedestal]))
-    # Half a count, and the rounding errors of the sum.
-    assert abs(int(corrected[0, 0, 0]) - max(0, value - shift)) <= 0.5 + 1e-9
+    corrected, _ = rg.correct(image, np.full((1, 1, 1), shift))
+    assert abs(int(corrected[0, 0, 0]) - max(0, value - shift)) <= 0.5
 
 
 def test_background_keeps_within_its_dtype():
@@ -76,6 +68,6 @@ def test_largest_integers_are_reached():
 def test_input_is_not_changed():
     image, background = draw()
     copies = image.copy(), background.copy()
-    rg.correct(image, background, background.min((0, 1)))
+    rg.correct(image, background)
     assert_array_equal(image, copies[0])
     assert_array_equal(background, copies[1])

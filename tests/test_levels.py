@@ -59,7 +59,6 @@ def test_rows_read_together_do_not_matter(monkeypatch):
     points = rg.make_points(scatter(height=300))
     levels, noise = rg.measure_levels(sky, points)
     for rows in (1, 7, 1000):
-        monkeypatch.setattr(rg, 'ROWS', rows)
         monkeypatch.setattr(rg.row_groups, '__defaults__', (rows,))
         again = rg.measure_levels(sky, points)
         assert (again[0] == levels).all()

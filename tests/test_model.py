@@ -115,7 +115,8 @@ def test_plane_picture_becomes_constant(dtype):
     points = rg.make_points(scatter(HEIGHT, WIDTH, 30))
     levels, _ = rg.measure_levels(sky, points)
     model = rg.fit_background(points, levels)
-    corrected, _ = rg.correct(sky, model.evaluate(0, HEIGHT, WIDTH), rg.find_pedestal(model, HEIGHT, WIDTH))
+    darkened = model.darkened(rg.find_pedestal(model, HEIGHT, WIDTH))
+    corrected, _ = rg.correct(sky, darkened.evaluate(0, HEIGHT, WIDTH))
     # The picture was rounded, and the output is: one count. float32 holds 7 digits of values below 1.
     assert np.ptp(corrected.astype(float)) <= (1e-6 if dtype is np.float32 else 1)
 
@@ -134,7 +135,8 @@ def adaptive_system(points, levels, choice, without=()):
                        [p.T, np.zeros((p.shape[1],) * 2)]])
     solution = np.linalg.solve(matrix, np.vstack([levels[keep], np.zeros((p.shape[1], levels.shape[1]))]))
     weights, trend = solution[:len(keep)], solution[len(keep):]
-    return lambda at: kernel(at, centers[keep]) @ weights + np.hstack([np.ones((len(at), 1)), at])[:, :len(trend)] @ trend
+    return lambda at: (kernel(at, centers[keep]) @ weights
+                       + np.hstack([np.ones((len(at), 1)), at])[:, :len(trend)] @ trend)
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -237,10 +239,11 @@ def assert_evaluates(model, height, width, rows):
     scale = np.ptp(model.rbf.di, axis=0) + np.abs(model.plane[1:]).sum() + np.finfo(float).tiny
     for start in starts.tolist():
         stop = min(start + rows, height)
-        blocks = list(model.blocks(start, stop, width))
-        assert sum(map(len, blocks)) == stop - start
-        background = np.concatenate(blocks)
-        assert background.shape == (stop - start, width, model.n_channels)
+        seen = np.zeros((stop - start, width), int)
+        for some_rows, columns, _ in model.blocks(start, stop, width):
+            seen[some_rows, columns] += 1
+        assert (seen == 1).all()
+        background = model.evaluate(start, stop, width)
         some_y, some_x = rng.integers(start, stop, 40), rng.integers(0, width, 40)
         some_x[:2] = 0, width - 1
         some_y[:2] = start, stop - 1
@@ -282,8 +285,22 @@ def test_pedestal_is_the_lowest_background():
     points, levels = problem()
     model = rg.fit_background(points, levels)
     background = model.evaluate(0, HEIGHT, WIDTH)
+    darkened = model.darkened(background.min(axis=(0, 1))).evaluate(0, HEIGHT, WIDTH)
+    assert_allclose(darkened.min(axis=(0, 1)), 0, rtol=0, atol=1e-9)
+    assert_allclose(darkened, background - background.min(axis=(0, 1)), rtol=0, atol=1e-9)
     for rows in (1, 64, 1000):
         assert_allclose(rg.find_pedestal(model, HEIGHT, WIDTH, rows), background.min(axis=(0, 1)), rtol=1e-12)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_lower_bound_is_one_and_not_far_off(seed):
+    points, levels = problem(seed=seed, n=40)
+    model = rg.fit_background(points, levels, 0.1)  # small shape: several panels
+    for start, stop in rg.row_groups(HEIGHT, 90):
+        rows = model.evaluate(start, stop, WIDTH)
+        bound = model.lower_bound(start, stop, WIDTH)
+        assert (bound <= rows.min(axis=(0, 1)) + 1e-9).all()
+        assert (bound >= rows.min(axis=(0, 1)) - 2 * np.ptp(rows, axis=(0, 1))).all()
 
 
 @pytest.mark.parametrize('epsilon', [0.5, 3.0, 30.0, 500.0, 1e5])
