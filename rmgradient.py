@@ -858,13 +858,21 @@ class TiffImage:
         self._file.close()
 
     def _open(self):
-        self.stat = os.fstat(self._file.fileno())
-        self._page = page = tifffile.TiffFile(self._file).pages.first
-        self.byteorder, self.bigtiff = page.parent.byteorder, page.parent.is_bigtiff
-        entries, next_directory = self._read_directory(page.offset)
+        head = self._file.read(16).ljust(16, b'\0')
+        self.byteorder = {b'II': '<', b'MM': '>'}.get(head[:2], '?')
+        if self.byteorder == '?' or (magic := struct.unpack(self.byteorder + 'H', head[2:4])[0]) not in (42, 43):
+            raise RmgradientError(f'{self.path}: not a TIFF file')
+        self.bigtiff = magic == 43
+        offset, = struct.unpack(self.byteorder + 'Q', head[8:]) if self.bigtiff else struct.unpack(
+            self.byteorder + 'I', head[4:8])
+        entries, next_directory = self._read_directory(offset)
         structure = {code: self._numbers(type_, count, offset) for code, type_, count, offset in entries
                      if code in STRUCTURE_TAGS and type_ in (1, 3, 4, 16) and count < 2**16}
-        for flaw in find_flaws(page, structure, self.stat.st_size):
+        for flaw in find_flaws_of_structure(structure):
+            raise RmgradientError(f'{self.path}: {flaw}')
+        self._file.seek(0)
+        self._page = page = tifffile.TiffFile(self._file).pages.first
+        for flaw in find_flaws(page, os.fstat(self._file.fileno()).st_size):
             raise RmgradientError(f'{self.path}: {flaw}')
         self.photometric = int(page.photometric)
         self.extra_samples = [int(kind) for kind in page.extrasamples]
@@ -894,8 +902,6 @@ class TiffImage:
         except (RmgradientError, OSError, MemoryError):
             raise
         except Exception as error:
-            if isinstance(error, tifffile.TiffFileError) and 'not a TIFF file' in str(error):
-                raise RmgradientError(f'{self.path}: not a TIFF file') from error
             raise RmgradientError(f'{self.path}: damaged: {str(error) or type(error).__name__}') from error
 
     def __getitem__(self, window):
@@ -1030,22 +1036,21 @@ def invert(rows):
     return 1 - rows if rows.dtype.kind == 'f' else ~rows
 
 
-def find_flaws(page, structure, file_size):
-    """Yield what keeps a page from being processed, most telling first.
-
-    Parameters
-    ----------
-    page : tifffile.TiffPage
-    structure : dict of int to tuple of int
-        Values of those `STRUCTURE_TAGS` that are there; tifffile has defaults, and corrects what should be refused.
-    file_size : int
-        In bytes.
-    """
+def find_flaws_of_structure(structure):
+    """Yield what is wrong with {code: values} of structure that tifffile would guess, correct or stumble over."""
     for code, name in ((256, 'width'), (257, 'height'), (262, 'kind of colors')):
         if code not in structure:
             yield f'damaged: no {name} given'
     if structure.get(254, (0,))[0] & 1 or structure.get(255) == (2,):
         yield 'the first page is a thumbnail; save the picture alone'
+    if any(len(set(structure.get(code, ()))) > 1 for code in (258, 339)):
+        yield 'channels have different types'
+    if structure.get(278) == (0,):
+        yield 'damaged: strips or tiles of no rows'
+
+
+def find_flaws(page, file_size):
+    """Yield what keeps a tifffile.TiffPage in a file of some bytes from being processed, most telling first."""
     if page.photometric not in (0, 1, 2):
         kind = NAMES_OF_COLORS.get(int(page.photometric), f'of unknown kind {int(page.photometric)}')
         yield f'colors are {kind}; convert the picture to gray or RGB'
@@ -1053,14 +1058,13 @@ def find_flaws(page, structure, file_size):
         yield f'damaged: {page.imagewidth} x {page.imagelength} pixels'
     if page.imagedepth != 1 or page.is_tiled and page.tiledepth != 1:
         yield 'a volume; save a flat picture'
-    if page.sampleformat in (5, 6):
-        yield 'pixels are complex numbers'
+    if page.sampleformat not in (1, 2, 3):
+        kind = 'complex numbers' if page.sampleformat in (5, 6) else f'of unknown format {int(page.sampleformat)}'
+        yield f'pixels are {kind}'
     bits = page.bitspersample
     if page.dtype is None or page.dtype.kind not in 'uif' or page.dtype.itemsize * 8 != bits:
         kind = 'floating point numbers' if page.sampleformat == 3 else 'integers'
         yield f'pixels are {kind} of {bits} bits; convert the picture to 8, 16 or 32 bits'
-    if len(set(structure.get(258, ()))) > 1 or len(set(structure.get(339, ()))) > 1:
-        yield 'channels have different types'
     colors = 3 if page.photometric == 2 else 1
     if page.samplesperpixel < colors:
         yield f'damaged: {page.samplesperpixel} channels instead of {colors}'
@@ -1077,7 +1081,7 @@ def find_flaws(page, structure, file_size):
         yield f'damaged: predictor {int(page.predictor)} for {page.dtype}'
     if page.predictor != 1 and page.compression in (1, 32773):
         yield 'a predictor without a compression that has one: programs disagree what it means; save it anew'
-    if structure.get(278) == (0,) or page.is_tiled and not (page.tilewidth > 0 < page.tilelength):
+    if page.is_tiled and not (page.tilewidth > 0 < page.tilelength):
         yield 'damaged: strips or tiles of no rows'
         return
     yield from find_segment_flaws(page, file_size)
@@ -1134,6 +1138,8 @@ class TiffStrips:
         height, width, _ = image.shape
         self._rows = min(rows, height)
         self._dtype = image.dtype.newbyteorder(image.byteorder)
+        # Differences of integers, or bytes of floats; programs disagree about differences of 64 bit integers.
+        self._predictor = 1 if not compress else 3 if image.dtype.kind == 'f' else 2 if image.dtype.itemsize < 8 else 1
         # Deflate makes noise no more than a little longer; 64 MB are left for that and for the tags.
         size = height * width * n_samples * image.dtype.itemsize + sum(len(tag.value) for tag in image.tags)
         self.bigtiff = image.bigtiff or size > 2**32 - 2**26
@@ -1146,10 +1152,13 @@ class TiffStrips:
             strip = invert(strip)
         if not self._compress:
             return np.ascontiguousarray(strip, self._dtype)
-        if strip.dtype.kind == 'f':
+        if self._predictor == 3:
             data = imagecodecs.floatpred_encode(np.ascontiguousarray(strip, self._dtype), axis=-2)
         else:
-            data = imagecodecs.delta_encode(np.ascontiguousarray(strip), axis=-2).astype(self._dtype, copy=False)
+            data = np.ascontiguousarray(strip)
+            if self._predictor == 2:
+                data = imagecodecs.delta_encode(data, axis=-2)
+            data = data.astype(self._dtype, copy=False)
         return imagecodecs.deflate_encode(data.tobytes(), self._compress)
 
     def append(self, data):
@@ -1175,8 +1184,8 @@ class TiffStrips:
                 numbers(273, place, self._offsets), numbers(277, 3, [n_samples]), numbers(278, LONG, [self._rows]),
                 numbers(279, place, self._sizes), numbers(284, 3, [1]),
                 numbers(339, 3, ['uif'.index(image.dtype.kind) + 1] * n_samples)]
-        if self._compress:
-            tags.append(numbers(317, 3, [3 if image.dtype.kind == 'f' else 2]))
+        if self._predictor != 1:
+            tags.append(numbers(317, 3, [self._predictor]))
         if n_samples > n_channels and image.extra_samples:
             tags.append(numbers(338, 3, image.extra_samples))
         for tag in image.tags:

@@ -123,6 +123,7 @@ def main():
           f'numpy {np.__version__}, tifffile {tifffile.__version__}; medians of {options.runs} runs\n')
     rule = ' '.join('=' * n for n in (14, 13, 6, 8, 8, 8, 9, 9, 9))
     names = f"{'file':14} {'pixels':13} points {'time':8} {'memory':8} {'copy':8} time/copy direct/t. encoder"
+    print(rule, names, rule, sep='\n')
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for name, width, height, n_points, arguments, writing, rows in cases:
             make_picture(Path(folder, 'in.tif'), width, height, rows, **writing)
