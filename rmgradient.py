@@ -719,11 +719,11 @@ def correct(strip, shift, method='subtract', pedestal=None, dither=None):
         return to_dtype(strip * (pedestal / (shift + pedestal)), strip.dtype, dither)
     white = white_of(strip.dtype)
     if strip.dtype.kind == 'f' and (strip > white).any():
-        raise RmgradientError('--stretch takes 1.0 for white, but there are values up to '
+        raise RmgradientError('stretching takes 1.0 for white, but there are values up to '
                               f'{np.nanmax(strip):g}; divide the picture by that first')
     if shift.max() >= white:
-        raise RmgradientError(f'--stretch can not keep white, {white:g}, where {shift.max():g} is subtracted')
-    return to_dtype((strip - shift) * (white / (white - shift)), strip.dtype, dither)
+        raise RmgradientError(f'stretching can not keep white, {white:g}, where {shift.max():g} is subtracted')
+    return to_dtype((strip - shift) / (white - shift) * white, strip.dtype, dither)
 
 
 def to_dtype(values, dtype, dither=None):
@@ -777,6 +777,100 @@ def dither_noise(start, stop, width, n_channels, stream=0):
     rows = [np.random.Generator(np.random.Philox(key=stream, counter=[0, 0, 0, row])).random((width, n_channels))
             for row in range(start, stop)]
     return np.stack(rows) - 0.5
+
+
+def correct_rows(strip, start, model, method='subtract', pedestal=None, dither=False):
+    """Remove the background from rows of the picture, in place, and return how many values were limited.
+
+    Parameters
+    ----------
+    strip : (n_rows, width, n_samples) ndarray
+        Color channels first; further samples stay as they are.
+    start : int
+        First row.
+    model : BackgroundModel
+        Darkened by the pedestal.
+    method, pedestal
+        See `correct`.
+    dither : bool
+        Whether integers are dithered before they are rounded, see `dither_noise`.
+    """
+    stop, width, n_channels = start + len(strip), strip.shape[1], model.n_channels
+    noise = dither_noise(start, stop, width, n_channels) if dither else None
+    n_limited = 0
+    for rows, columns, shift in model.blocks(start, stop, width):
+        color = strip[rows, columns, :n_channels]
+        color[...], n = correct(color, shift, method, pedestal, noise[rows, columns] if dither else None)
+        n_limited += n
+    return n_limited
+
+
+def check_divisor(model, pedestal, height, width, rows=ROWS):
+    """Raise RmgradientError, with the place, unless the background is positive everywhere."""
+    if (pedestal > 0).all():
+        return
+    lowest, place = math.inf, None
+    for start, stop in row_groups(height, rows):
+        for some_rows, columns, block in model.blocks(start, stop, width):
+            if block.min() < lowest:
+                lowest = block.min()
+                y, x, _ = np.unravel_index(block.argmin(), block.shape)
+                place = columns.start + int(x), start + some_rows.start + int(y)
+    raise RmgradientError(f'the background is {lowest:g} at {place}; to divide by it, it must be positive everywhere')
+
+
+def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', method='subtract', dither=False, rows=ROWS,
+                    return_model=False):
+    """Remove the background gradient from an array, as the command does from a file.
+
+    Parameters
+    ----------
+    image : (height, width) or (height, width, n_channels) array_like
+        Integers or floats. All channels are taken for colors: leave alpha out.
+    points : Points or (n_points, 2) array_like
+        See `make_points`.
+    sigma : float
+        Blur at the points, in pixels, see `measure_levels`.
+    smooth : 'auto' or float
+        See `fit_background`.
+    method : str
+        'subtract', 'stretch' or 'divide', see `correct`.
+    dither : bool
+        See `correct_rows`.
+    rows : int
+        Rows worked on together. Beside the result, memory is that of a few such groups in float64.
+    return_model : bool
+        Whether to return the model, too.
+
+    Returns
+    -------
+    corrected : ndarray
+        Of the shape and dtype of the image.
+    model : BackgroundModel
+        If asked for; `model.evaluate(0, height, width)` is the background.
+
+    Raises
+    ------
+    RmgradientError
+        If image, points and options don't go together; the message says why.
+    """
+    image = np.asarray(image)
+    if image.dtype.kind not in 'uif' or image.ndim not in (2, 3) or not image.size:
+        raise RmgradientError(f'an array of {image.dtype} of shape {image.shape} is no picture')
+    if method not in ('subtract', 'stretch', 'divide'):
+        raise RmgradientError(f"method {method!r} is none of 'subtract', 'stretch' and 'divide'")
+    corrected = np.array(image, image.dtype.newbyteorder('=')).reshape(*image.shape[:2], -1)
+    height, width, _ = corrected.shape
+    points = points if isinstance(points, Points) else make_points(points)
+    levels, _ = measure_levels(corrected, points, sigma)
+    model = fit_background(points, levels, smooth)
+    pedestal = find_pedestal(model, height, width, rows)
+    if method == 'divide':
+        check_divisor(model, pedestal, height, width, rows)
+    for start, stop in row_groups(height, rows):
+        correct_rows(corrected[start:stop], start, model.darkened(pedestal), method, pedestal, dither)
+    corrected = corrected.reshape(image.shape)
+    return (corrected, model) if return_model else corrected
 
 
 # ---- TIFF input -----------------------------------------------------------------------------------------------------
@@ -1409,6 +1503,9 @@ def process(options):
         report_model(points, levels, noise, model)
         height, width, _ = image.shape
         pedestal = find_pedestal(model, height, width, options.rows, starmap)
+        if options.method == 'divide':
+            with about(image.path):
+                check_divisor(model, pedestal, height, width, options.rows)
         with whole_files(outputs, options.overwrite) as files:
             n_limited = write_outputs(files, image, model, pedestal, options, starmap)
     if n_limited:
@@ -1441,26 +1538,24 @@ def write_outputs(files, image, model, pedestal, options, starmap):
                for file, n_samples in zip(files, (image.n_samples, n_channels))]
 
     def finish(start, stop):
-        strip = image.read(start, stop)
-        background = np.empty((stop - start, width, n_channels), image.dtype)
-        n_limited = 0
-        for rows, columns, shift in darkened.blocks(start, stop, width):
-            color = strip[rows, columns, :n_channels]
-            with about(image.path):
-                color[...], n = correct(color, shift)
-            n_limited += n
-            if len(writers) > 1:
-                background[rows, columns] = to_dtype(shift + pedestal, image.dtype)[0]
-        return [writer.encode(pixels) for writer, pixels in zip(writers, (strip, background))], n_limited
+        strips = [image.read(start, stop)]
+        with about(image.path):
+            n_limited = correct_rows(strips[0], start, darkened, options.method, pedestal, options.dither)
+        if options.background:
+            background = model.evaluate(start, stop, width)
+            noise = dither_noise(start, stop, width, n_channels, stream=1) if options.dither else None
+            strips.append(to_dtype(background, image.dtype, noise)[0])
+        return [writer.encode(strip) for writer, strip in zip(writers, strips)], n_limited
 
     total = 0
     for encoded, n_limited in starmap(finish, row_groups(height, options.rows)):
         total += n_limited
-        for writer, data in zip(writers, encoded):
-            with _named(options.output if writer is writers[0] else options.background):
+        for path, writer, data in zip((options.output, options.background), writers, encoded):
+            with _named(path):
                 writer.append(data)
-    for writer in writers:
-        writer.finish()
+    for path, writer in zip((options.output, options.background), writers):
+        with _named(path):
+            writer.finish()
     return total
 
 
@@ -1553,6 +1648,17 @@ def build_parser():
                        'a number: a multiquadric of that smoothness (default: %(default)s)')
     model.add_argument('-r', '--rows', metavar='N', type=whole_number(1, 2**31), default=ROWS,
                        help='rows worked on together; memory is proportional (default: %(default)s)')
+
+    correction = parser.add_argument_group('correction')
+    how = correction.add_mutually_exclusive_group()
+    how.add_argument('--divide', dest='method', action='store_const', const='divide', default='subtract',
+                     help='divide by the background instead of subtracting it, for vignetting: '
+                     'output = input * minimum / background')
+    how.add_argument('--stretch', dest='method', action='store_const', const='stretch',
+                     help='scale each pixel after the subtraction so that white (the largest integer, 1.0 for floats) '
+                     'stays white')
+    correction.add_argument('--dither', action='store_true',
+                            help='add noise of one count before integers are rounded, so that no bands show')
 
     other = parser.add_argument_group('other')
     other.add_argument('-q', '--quiet', action='store_true', help='errors and warnings only')

@@ -308,6 +308,30 @@ def test_script_through_xargs(tmp_path):
         assert tif.pages[0].tags[34675].value == make_sky.srgb_profile()
 
 
+def test_several_pictures_at_once(cli):
+    for i in range(4):
+        tifffile.imwrite(f'{i}.tif', cli.sky, photometric='rgb')
+    (cli.folder / 'corrected').mkdir()
+    (cli.folder / 'points').write_text('\n'.join(f'{x} {y}' for x, y in cli.points))
+    (cli.folder / '4.tif').write_text('no picture')
+    done = subprocess.run(f'ls ?.tif | xargs -P 2 -I{{}} {sys.executable} {ROOT}/rmgradient.py -q -i {{}} '
+                          '-o corrected/{} -f points', shell=True, capture_output=True, text=True)
+    assert done.returncode == 123  # xargs: one of them failed
+    assert done.stderr == 'rmgradient: error: 4.tif: not a TIFF file\n'
+    assert sorted(os.listdir('corrected')) == ['0.tif', '1.tif', '2.tif', '3.tif']
+    outputs = [(cli.folder / 'corrected' / f'{i}.tif').read_bytes() for i in range(4)]
+    assert len(set(outputs)) == 1
+
+
+def test_dithered_output_is_the_same_at_every_run(cli, monkeypatch):
+    results = set()
+    for workers, rows in [(1, 100), (3, 7), (2, 1)]:
+        monkeypatch.setattr(rg, 'N_WORKERS', workers)
+        assert cli('--dither', '-b', 'bg.tif', '-r', rows, '--overwrite') == 0
+        results.add((tifffile.imread('out.tif').tobytes(), tifffile.imread('bg.tif').tobytes()))
+    assert len(results) == 1
+
+
 def test_demonstration_from_anywhere_and_again(tmp_path):
     for _ in range(2):
         subprocess.run([ROOT / 'test_sky_image.sh', sys.executable], cwd=tmp_path, check=True, capture_output=True)

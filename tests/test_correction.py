@@ -71,3 +71,78 @@ def test_input_is_not_changed():
     rg.correct(image, background)
     assert_array_equal(image, copies[0])
     assert_array_equal(background, copies[1])
+
+
+# ---- divide, stretch and dither -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype', ['u1', 'u2', 'i2', 'u4', 'f4', 'f8'])
+def test_divide_is_image_times_pedestal_over_background(dtype):
+    image, background = draw(dtype=np.dtype(dtype))
+    background, pedestal = np.abs(background) + 1, np.abs(background).min((0, 1)) + 1
+    corrected, _ = rg.correct(image, background - pedestal, 'divide', pedestal)
+    expected = image.astype(float) * pedestal / background
+    # Rounded to an integer, or to the precision of floats.
+    tolerance = 0.5 + 1e-9 if image.dtype.kind in 'ui' else 2 * np.finfo(dtype).eps
+    assert np.abs(corrected - expected).max() <= tolerance
+    darkest = background[..., 0] == background[..., 0].min()
+    assert_array_equal(corrected[darkest][..., 0], image[darkest][..., 0])
+
+
+@pytest.mark.parametrize('dtype', ['u1', 'u2', 'i2', 'u4', 'f4', 'f8'])
+def test_stretch_keeps_white_white(dtype):
+    white = rg.white_of(dtype)
+    image = np.full((2, 5, 3), white, dtype)
+    image[1] = 0.4 * white
+    shift = np.linspace(0, 0.3, 30).reshape(2, 5, 3) * white
+    corrected, n_limited = rg.correct(image, shift, 'stretch')
+    assert_array_equal(corrected[0], image[0])
+    assert n_limited == 0
+    expected = (image[1].astype(float) - shift[1]) * white / (white - shift[1])
+    assert np.abs(corrected[1] - expected).max() <= (0.5 + 1e-9 if image.dtype.kind in 'ui' else 1e-7)
+    assert corrected[0, 0].tolist() == [white] * 3
+
+
+def test_stretch_refuses_what_it_cannot_keep():
+    with pytest.raises(rg.RmgradientError, match='1.0 for white, but there are values up to 1.5'):
+        rg.correct(np.full((1, 1, 1), 1.5), np.zeros((1, 1, 1)), 'stretch')
+    with pytest.raises(rg.RmgradientError, match='can not keep white, 255, where 255 is subtracted'):
+        rg.correct(np.zeros((1, 1, 1), np.uint8), np.full((1, 1, 1), 255.0), 'stretch')
+    nan = rg.correct(np.full((1, 1, 1), np.nan), np.zeros((1, 1, 1)), 'stretch')[0]
+    assert np.isnan(nan).all()
+
+
+def test_dither_noise_depends_on_the_place_alone():
+    noise = rg.dither_noise(0, 50, 7, 3)
+    assert_array_equal(np.concatenate([rg.dither_noise(y, y + 10, 7, 3) for y in range(0, 50, 10)]), noise)
+    assert noise.min() >= -0.5
+    assert noise.max() < 0.5
+    assert (noise != rg.dither_noise(0, 50, 7, 3, stream=1)).mean() > 0.99
+    many = rg.dither_noise(0, 300, 300, 1)
+    # Uniform over one: mean 0 and variance 1/12, both to four standard errors of 90000 values.
+    assert abs(many.mean()) < 4 * np.sqrt(1 / 12 / many.size)
+    assert abs(many.var() - 1 / 12) < 4 * np.sqrt(1 / 180 / many.size)
+
+
+@pytest.mark.parametrize('method', ['subtract', 'stretch', 'divide'])
+def test_dither_keeps_means(method):
+    image = np.full((200, 200, 1), 100, np.uint8)
+    shift, pedestal = np.full(image.shape, 7.3), np.array([50.0])
+    exact, _ = rg.correct(image.astype(float) / (255 if method == 'stretch' else 1),
+                          shift / (255 if method == 'stretch' else 1), method, pedestal)
+    mean = exact[0, 0, 0] * (255 if method == 'stretch' else 1)
+    dithered, _ = rg.correct(image, shift, method, pedestal, rg.dither_noise(0, 200, 200, 1))
+    # A value between two integers is the upper one by chance p: variance p (1 - p) <= 1/4.
+    assert abs(dithered.mean() - mean) < 4 * np.sqrt(0.25 / image.size)
+    assert abs(rg.correct(image, shift, method, pedestal)[0].mean() - mean) > 0.1
+
+
+def test_dither_removes_bands():
+    """An 8 bit gradient of three counts over 600 columns: steps without dither, a line with it."""
+    shift = np.broadcast_to(np.linspace(0, 3, 600)[:, None], (400, 600, 1))
+    image = np.full(shift.shape, 100, np.uint8)
+    off = {dithered: rg.correct(image, shift, dither=noise)[0].mean(axis=(0, 2)) - (100 - shift[0, :, 0])
+           for dithered, noise in [(False, None), (True, rg.dither_noise(0, 400, 600, 1))]}
+    assert np.abs(off[False]).max() > 0.49
+    # The mean of 400 values, of standard error 0.025.
+    assert np.abs(off[True]).max() < 5 * 0.025
+    assert np.abs(off[True][:100].mean()) < 4 * 0.0025

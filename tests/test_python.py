@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions for notebooks and pipelines."""
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+from conftest import ROOT, draw, scatter
+from numpy.testing import assert_array_equal
+
+import rmgradient as rg
+
+
+@pytest.mark.parametrize('options', [[], ['--divide'], ['--stretch'], ['--dither'], ['-s', '4', '-m', '0.1'],
+                                     ['--divide', '--dither']])
+def test_function_does_what_the_command_does(cli, options):
+    assert cli(*options) == 0
+    method = 'divide' if '--divide' in options else 'stretch' if '--stretch' in options else 'subtract'
+    more = {'sigma': 4.0, 'smooth': 0.1} if '-m' in options else {}
+    corrected, model = rg.remove_gradient(cli.sky, cli.points, method=method, dither='--dither' in options,
+                                          return_model=True, **more)
+    assert_array_equal(corrected, tifffile.imread('out.tif'))
+    assert model.evaluate(0, 90, 120).shape == cli.sky.shape
+
+
+@pytest.mark.parametrize('dtype', ['u1', '>u2', '>i2', 'f4', '>f8'])
+@pytest.mark.parametrize('n_channels', [0, 1, 3])
+def test_shape_and_type_are_kept(dtype, n_channels):
+    sky, _ = draw(n_channels=max(1, n_channels), dtype=np.dtype(dtype).newbyteorder('='))
+    sky = (sky if n_channels else sky[..., 0]).astype(dtype)
+    before = sky.copy()
+    corrected = rg.remove_gradient(sky, scatter(), rows=17)
+    assert corrected.shape == sky.shape
+    assert corrected.dtype == sky.dtype.newbyteorder('=')
+    assert_array_equal(sky, before)
+    again = rg.remove_gradient(sky.astype(corrected.dtype), rg.make_points(scatter()))
+    # Other groups of rows: rounding, which integers do not show.
+    np.testing.assert_allclose(corrected, again, rtol=0, atol=1e-12 if corrected.dtype.kind == 'f' else 0)
+
+
+@pytest.mark.parametrize(('arguments', 'match'), [
+    ({'image': np.zeros((90, 120), complex)}, 'no picture'), ({'image': np.zeros(90)}, 'no picture'),
+    ({'image': np.zeros((0, 5))}, 'no picture'), ({'method': 'multiply'}, "'multiply' is none of"),
+    ({'points': [(30, 30)]}, 'too few'), ({'sigma': -1}, '0.1 to 10000'), ({'sigma': 20}, 'lower --sigma')])
+def test_errors_are_values(arguments, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        rg.remove_gradient(**({'image': draw()[0], 'points': scatter()} | arguments))
+    assert isinstance(caught.value, rg.RmgradientError)
+
+
+def test_background_to_divide_by_is_positive(cli):
+    y, x = np.mgrid[0:90, 0:120]
+    sky = (x - 10.0)[..., None] * [1.0, 1.0, 1.0]
+    with pytest.raises(rg.RmgradientError, match=r'the background is -10\S* at \(0, \d+\); to divide by it'):
+        rg.remove_gradient(sky, scatter(), method='divide')
+    tifffile.imwrite('sky.tif', sky.astype(np.float32), photometric='rgb')
+    cli.fails('--divide', match='error: sky.tif: the background is -10')
+
+
+def test_stretch_of_bright_floats(cli):
+    tifffile.imwrite('sky.tif', cli.sky.astype(np.float32), photometric='rgb')
+    cli.fails('--stretch', match='sky.tif: stretching takes 1.0 for white, but there are values up to')
+    cli.fails('--stretch', '--divide', status=2, match='not allowed with')
+
+
+def test_importing_does_nothing():
+    code = ('import signal, os, logging; before = signal.getsignal(2), dict(os.environ); import rmgradient; '
+            'assert before == (signal.getsignal(2), dict(os.environ)); import gc; assert gc.isenabled(); '
+            'assert not logging.getLogger("rmgradient").handlers')
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+
+
+def test_example_of_the_readme(tmp_path):
+    readme = (ROOT / 'README.rst').read_text(encoding='utf-8')
+    example = re.search(r'\.\. code:: python\n\n((?:    .*\n|\n)+)', readme)[1]
+    lines = [line[4:] for line in example.splitlines()]
+    assert 5 <= len([line for line in lines if line]) <= 8
+    code = '\n'.join(lines).replace('test_data/', f'{ROOT}/test_data/')
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, env={'PYTHONPATH': str(ROOT)})
+    assert tifffile.imread(tmp_path / 'sky_out.tif').shape == (400, 600, 3)
