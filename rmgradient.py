@@ -38,6 +38,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import importlib.util
 import itertools
 import logging
 import math
@@ -68,6 +69,9 @@ SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units o
 SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
 N_WORKERS = min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 16)
 SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+AUTO = 15  # points along the longer side
+REJECT = 5.0  # a place is no sky if it is above the prediction by this many standard deviations
+LEAST_PLACES = 8  # that a model is chosen from
 MISFIT = 6.0  # a point is worth a warning if it is off by this many standard deviations
 
 
@@ -671,6 +675,185 @@ def find_pedestal(model, height, width, rows=ROWS, starmap=itertools.starmap):
     found = np.min([lowest(*groups[i]) for i in first], axis=0)
     rest = [groups[i] for i in np.flatnonzero((bounds < found).any(axis=1)) if i not in first]
     return np.min([found, *starmap(lowest, rest)], axis=0)
+
+
+# ---- Automatic points -----------------------------------------------------------------------------------------------
+
+def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
+    """Choose points of empty sky.
+
+    Parameters
+    ----------
+    image : (height, width, n_channels) ndarray, or anything like it, see `measure_levels`
+        Read once, in strips, beside the windows of the points.
+    n : int
+        Points along the longer side of the grid that one is chosen from each cell of.
+    sigma : float
+        Blur at the points, in pixels: what they are chosen for.
+
+    Returns
+    -------
+    points : Points
+    n_places : int
+        Quiet places that were considered.
+
+    Raises
+    ------
+    RmgradientError
+        If there are too few places without structure.
+
+    Notes
+    -----
+    Each cell offers its quietest place. Those on nebulae are brighter than the sky around them, and so many that they
+    must not have a vote. So the first judge is a surface below most places (`fit_floor`), which nebulae barely lift. It
+    cuts off the peaks of strong glows, too, but the model through the accepted places then grows: a rejected place that
+    it predicts joins. Light domes end at the border of the frame and nebulae rarely do, so that places in the outer two
+    cells join more easily. Whatever still stands out above the prediction of the others is left out.
+    """
+    height, width, _ = image.shape
+    places = find_quiet_places(image, n, sigma, starmap)
+    if len(places) < LEAST_PLACES:
+        raise RmgradientError(f'{len(places)} places of empty sky are too few; lower --sigma or give points with -p')
+    levels, noise = measure_levels(image, make_points(places), sigma)
+    noise = np.median(noise, axis=0)
+    centers = places.astype(float)
+    above = levels - fit_floor(centers, levels, max(height, width))
+    below = np.array([np.median(-channel[channel <= 0]) for channel in above.T])
+    height_above = (above / np.maximum(1.4826 * below, noise).clip(np.finfo(float).tiny)).max(axis=1)
+    # At least a third: few places are no measure of what is usual.
+    accepted = height_above <= max(REJECT, np.quantile(height_above, max(1 / 3, LEAST_PLACES / len(places))))
+    cell = max(height, width) / n
+    from_border = np.minimum(places, [width, height] - places).min(axis=1)
+    reach = np.where(from_border < 2 * cell, 8.0, 2.5)  # typical errors within which a place may join
+    beside, limit = None, REJECT
+    for _ in range(len(places)):
+        if accepted.sum() < LEAST_PLACES:
+            raise RmgradientError(f'{accepted.sum()} places of empty sky are too few; give points with -p')
+        choice, _ = choose_model(centers[accepted], levels[accepted], np.arange(accepted.sum()))
+        errors, spread = left_out_errors(choice.weights, choice.precision, choice.leader)
+        typical = _typical(spread)
+        excess = np.where(errors > MISFIT * noise, spread / typical, 0).max(axis=1)
+        if beside is not None:
+            excess[~beside[accepted]] = 0
+        if excess.max() > limit:
+            accepted[np.flatnonzero(accepted)[excess > max(limit, 0.6 * excess.max())]] = False
+            continue
+        if beside is not None:
+            break
+        errors, spread = predict_others(choice, centers, levels, accepted)
+        distance = np.where(np.abs(errors) > MISFIT * noise, np.abs(spread) / typical, 0).max(axis=1, initial=0)
+        joining = np.flatnonzero(~accepted)[distance < reach[~accepted]]
+        if len(joining):
+            reach[joining] = 0  # once only: it may be found to stand out later
+            accepted[joining] = True
+            continue
+        # Last, faint ends: beside what is rejected now inside of the frame, less is enough.
+        away = np.hypot(*(centers[:, None] - centers[~accepted]).T).min(axis=0, initial=np.inf)
+        beside, limit = (away < 2.5 * cell) & (from_border > cell), 2.5
+    return make_points(places[accepted]), len(places)
+
+
+def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
+    """Return the (n_places, 2) place of least variance in each cell of a grid, n cells along the longer side.
+
+    Windows two tiles wide are compared, a tile being as wide as the blur reaches. Those with pixels that are black in
+    all channels (borders of registered stacks), saturated or not finite are left out, and suspiciously smooth ones.
+    Memory: 17 bytes a tile and channel, and a row of tiles in float64 for each worker.
+    """
+    height, width, n_channels = image.shape
+    tile = max(8, len(blur_kernel(sigma)) // 2)
+    down, across = height // tile, width // tile
+    if min(down, across) < 2:
+        return np.empty((0, 2), int)
+    white = np.iinfo(image.dtype).max if image.dtype.kind in 'ui' else np.inf
+
+    def survey(start, stop):
+        rows = image[start:stop, 0:across * tile]
+        bad = ((rows == 0).all(axis=2) | (rows >= white).any(axis=2)).reshape(tile, across, tile).any(axis=(0, 2))
+        rows = rows.astype(float).reshape(tile, across, tile, n_channels)
+        with np.errstate(invalid='ignore', over='ignore'):
+            return rows.sum(axis=(0, 2)), (rows * rows).sum(axis=(0, 2)), bad
+
+    tiles = list(starmap(survey, row_groups(down * tile, tile)))
+    total, squares, bad = (np.array(each, float) for each in zip(*tiles))
+    total, squares, bad = (a[1:, 1:] + a[1:, :-1] + a[:-1, 1:] + a[:-1, :-1] for a in (total, squares, bad))
+    with np.errstate(invalid='ignore', over='ignore'):
+        variance = squares / (2 * tile) ** 2 - (total / (2 * tile) ** 2) ** 2
+    y, x = np.mgrid[1:down, 1:across] * tile
+    good = (bad == 0) & np.isfinite(variance).all(axis=2) & (x < width - tile) & (y < height - tile)
+    if not good.any():
+        return np.empty((0, 2), int)
+    typical = np.median(variance[good], axis=0)
+    good &= (variance >= 0.04 * typical).all(axis=2)  # a fifth of the usual scatter: filled in, not measured
+    structure = np.where(good, (variance / np.maximum(typical, np.finfo(float).tiny)).sum(axis=2), np.inf).ravel()
+    cell = max(height, width) / n
+    cells_across, cells_down = max(1, round(width / cell)), max(1, round(height / cell))
+    cells = (y * cells_down // height * cells_across + x * cells_across // width).ravel()
+    order = np.lexsort([structure, cells])
+    first = order[np.unique(cells[order], return_index=True)[1]]
+    first = first[np.isfinite(structure[first])]
+    return np.stack([x.ravel()[first], y.ravel()[first]], axis=1)
+
+
+def fit_floor(centers, levels, length):
+    """Fit a stiff surface that lies below most levels: what is above it counts 500 times less.
+
+    Parameters
+    ----------
+    centers : (n_points, 2) float64 ndarray
+    levels : (n_points, n_channels) float64 ndarray
+    length : float
+        Longer side of the frame, in pixels. The multiquadric has half of it for its shape.
+
+    Returns
+    -------
+    (n_points, n_channels) float64 ndarray
+        Values at the points, in data units.
+
+    Notes
+    -----
+    Asymmetric least squares (Eilers 2003, Analytical Chemistry 75, 3631, for spectra), with the equations of
+    `choose_model` and a smoothness of each point.
+    """
+    kernel = np.sqrt((np.hypot(*(centers[:, None] - centers).T) / (length / 2)) ** 2 + 1)
+    basis = trend_basis(centers, 'plane')
+    n_terms = basis.shape[1]
+    floor = np.empty_like(levels)
+    for c, level in enumerate(levels.T):
+        above = np.zeros(len(level), bool)
+        for _ in range(40):
+            smooth = 0.01 * np.where(above, 500, 1)
+            system = np.block([[kernel - np.diag(smooth), basis], [basis.T, np.zeros((n_terms, n_terms))]])
+            solution = np.linalg.solve(system, np.append(level, np.zeros(n_terms)))
+            floor[:, c] = kernel @ solution[:len(level)] + basis @ solution[len(level):]
+            if np.array_equal(level > floor[:, c], above):
+                break
+            above = level > floor[:, c]
+    return floor
+
+
+def predict_others(choice, centers, levels, accepted):
+    """Return level minus prediction, and that in the units of `left_out_errors`, of points that are not accepted.
+
+    The system of `choose_model` gives the prediction, and its variance as in kriging.
+    """
+    inside, outside = centers[accepted], centers[~accepted]
+    terms = np.ones((len(centers), 1))
+    if choice.trend == 'plane':
+        terms = np.hstack([terms, (centers - inside.mean(axis=0)) / np.ptp(inside)])
+    n_terms = terms.shape[1]
+
+    def kernel(a, b):
+        return np.sqrt(((a[:, None] - b) ** 2).sum(axis=2) / choice.epsilon**2 + 1)
+
+    system = np.block([[kernel(inside, inside) - choice.smooth * np.eye(len(inside)), terms[accepted]],
+                       [terms[accepted].T, np.zeros((n_terms, n_terms))]])
+    at = np.hstack([kernel(outside, inside), terms[~accepted]])
+    known = np.vstack([levels[accepted], np.zeros((n_terms, levels.shape[1]))])
+    solution = np.linalg.solve(system, np.hstack([known, at.T]))
+    errors = levels[~accepted] - at @ solution[:, :levels.shape[1]]
+    variance = choice.smooth - 1 + np.einsum('ij,ji->i', at, solution[:, levels.shape[1]:])
+    return errors, errors / np.sqrt(np.maximum(variance, 1e-12))[:, None]
 
 
 # ---- Correction -----------------------------------------------------------------------------------------------------
@@ -1486,28 +1669,127 @@ def _signals_ignored():
             signal.signal(number, handler)
 
 
+# ---- Preview --------------------------------------------------------------------------------------------------------
+
+def shrink(strip, start, factor):
+    """Return sums over blocks of factor x factor pixels of the frame, of rows from start, and the first block row."""
+    columns = np.add.reduceat(strip.astype(float), np.arange(0, strip.shape[1], factor), axis=1)
+    block_rows = np.arange(start, start + len(strip)) // factor
+    return block_rows[0], np.add.reduceat(columns, np.unique(block_rows, return_index=True)[1], axis=0)
+
+
+class Thumbnail:
+    """A picture of at most about 1000 x 1000 pixels that strips of a large one are added to, in any order."""
+
+    def __init__(self, height, width, n_channels):
+        self.factor = -(-max(height, width) // 1000)
+        self._sums = np.zeros((-(-height // self.factor), -(-width // self.factor), n_channels))
+        self._counts = shrink(np.ones((height, 1, 1)), 0, self.factor)[1] * shrink(
+            np.ones((1, width, 1)), 0, self.factor)[1]
+
+    def add(self, first, sums):
+        """Add what `shrink` returns."""
+        self._sums[first:first + len(sums)] += sums
+
+    def means(self):
+        """Return the (height, width, n_channels) means of the blocks."""
+        return self._sums / self._counts
+
+
+def stretch_midtones(pictures):
+    """Return pictures in 0 ... 1, all stretched alike so that faint light shows.
+
+    The screen transfer function of astronomers: black 2.8 deviations (1.4826 times the median absolute one) below the
+    median, and the midtones transfer function that takes the median to a quarter, for each channel.
+    """
+    values = np.concatenate([picture.reshape(-1, picture.shape[2]) for picture in pictures])
+    values = values[np.isfinite(values).all(axis=1)]
+    median = np.median(values, axis=0)
+    black = np.maximum(median - 2.8 * 1.4826 * np.median(np.abs(values - median), axis=0), values.min(axis=0))
+    scale = np.maximum(values.max(axis=0) - black, np.finfo(float).tiny)
+    middle = np.clip((median - black) / scale, 1e-6, 0.999)
+    midtones = 3 * middle / (2 * middle + 1)  # solves (m - 1) x / ((2 m - 1) x - m) = 1/4 for m at x = middle
+    stretched = []
+    for picture in pictures:
+        x = np.clip((picture - black) / scale, 0, 1)
+        stretched.append(np.clip((midtones - 1) * x / ((2 * midtones - 1) * x - midtones), 0, 1))
+    return stretched
+
+
+def draw_preview(file, kind, thumbnails, size, points, misfits):
+    """Draw before, background with points, and after, side by side.
+
+    Parameters
+    ----------
+    file : binary file
+    kind : str
+        'png', 'pdf' or 'svg'.
+    thumbnails : list of Thumbnail
+        Before, background and after.
+    size : (int, int)
+        Height and width of the frame, for the axes.
+    points : Points
+    misfits : list of int
+        Indices of points with a warning.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height, width = size
+    panel = 5 * np.array([width, height]) / max(width, height)
+    figure = Figure(figsize=(3 * panel[0] + 1.5, panel[1] + 0.8), layout='constrained')
+    FigureCanvasAgg(figure)
+    pictures = stretch_midtones([thumbnail.means() for thumbnail in thumbnails])
+    for axes, picture, title in zip(figure.subplots(1, 3), pictures, ['before', 'background', 'after']):
+        axes.imshow(picture if picture.shape[2] == 3 else picture[..., 0], cmap='gray', vmin=0, vmax=1,
+                    extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
+        axes.set_title(title)
+        axes.set_autoscale_on(False)
+        if title == 'background':
+            for first in np.unique(points.leader):
+                line = points.leader == first
+                axes.plot(points.x[line], points.y[line], '-', color='tab:orange', linewidth=1)
+            axes.plot(points.x, points.y, 'o', color='tab:orange', markersize=3)
+            axes.plot(points.x[misfits], points.y[misfits], 'x', color='red', markersize=8)
+    figure.savefig(file, format=kind, dpi=120)
+
+
 # ---- Pipeline -------------------------------------------------------------------------------------------------------
 
 def process(options):
     """Do what the command line asks for; options are those of `build_parser`."""
-    outputs = [path for path in (options.output, options.background) if path]
+    outputs = [path for path in (options.output, options.background, options.save_points, options.preview) if path]
     inputs = [path for path in (options.input, options.points_file) if path and path != '-']
     check_paths(inputs, outputs, options.overwrite)
+    if options.preview and not importlib.util.find_spec('matplotlib'):
+        raise RmgradientError(f"{options.preview}: needs matplotlib; run: pip install 'rmgradient[plot]'")
     with TiffImage(options.input) as image, threads(progress_bar()) as starmap:
         for warning in image.warnings:
             logger.warning(warning)
-        points = read_points(options)
+        points = read_points(options) if options.auto is None else find_points(image, options, starmap)
         with about(image.path):
             levels, noise = measure_levels(image, points, options.sigma)
             model = fit_background(points, levels, options.smooth)
-        report_model(points, levels, noise, model)
+        misfits = report_model(points, levels, noise, model)
         height, width, _ = image.shape
+        if not options.output:
+            with whole_files(outputs, options.overwrite) as files:
+                write_points(files[0], points, options, width, height)
+            return
         pedestal = find_pedestal(model, height, width, options.rows, starmap)
         if options.method == 'divide':
             with about(image.path):
                 check_divisor(model, pedestal, height, width, options.rows)
         with whole_files(outputs, options.overwrite) as files:
-            n_limited = write_outputs(files, image, model, pedestal, options, starmap)
+            files = dict(zip(outputs, files))
+            pictures = [files[path] for path in (options.output, options.background) if path]
+            thumbnails = [Thumbnail(*image.shape) for _ in range(3)] if options.preview else []
+            n_limited = write_outputs(pictures, image, model, pedestal, options, thumbnails, starmap)
+            if options.save_points:
+                write_points(files[options.save_points], points, options, width, height)
+            if options.preview:
+                kind = os.path.splitext(options.preview)[1][1:].lower()
+                draw_preview(files[options.preview], kind, thumbnails, (height, width), points, misfits)
     if n_limited:
         logger.warning('%s: %d values below or above what %s can hold are limited',
                        options.output, n_limited, image.dtype)
@@ -1526,11 +1808,28 @@ def read_points(options):
             return make_points(parse_points_file(lines))
 
 
-def write_outputs(files, image, model, pedestal, options, starmap):
+def find_points(image, options, starmap):
+    """Return the points of -a."""
+    with about(image.path):
+        points, n_places = choose_points(image, options.auto, options.sigma, starmap)
+    logger.info('%d points chosen from %d quiet places', len(points.x), n_places)
+    return points
+
+
+def write_points(file, points, options, width, height):
+    """Write the points in the format of -f."""
+    lines = [f'# {os.path.basename(options.input)}, {width} x {height} pixels, sigma {options.sigma:g}',
+             *format_points(points)]
+    with _named(options.save_points):
+        file.write(('\n'.join(lines) + '\n').encode('utf-8', 'replace'))
+
+
+def write_outputs(files, image, model, pedestal, options, thumbnails, starmap):
     """Write the corrected picture and, if there is a second file, the background; return how many values were limited.
 
     The pedestal needs the background of the whole frame, hence this second pass over the model. The picture is read
-    here alone, beside the points. Memory: a few strips a worker.
+    here alone, beside the points. Memory: a few strips a worker. Before, background and after are added to thumbnails,
+    if there are any.
     """
     height, width, n_channels = image.shape
     darkened = model.darkened(pedestal)
@@ -1539,17 +1838,22 @@ def write_outputs(files, image, model, pedestal, options, starmap):
 
     def finish(start, stop):
         strips = [image.read(start, stop)]
+        background = model.evaluate(start, stop, width) if options.background or thumbnails else None
+        shrunk = [shrink(strips[0][..., :n_channels], start, thumbnails[0].factor)] if thumbnails else []
         with about(image.path):
             n_limited = correct_rows(strips[0], start, darkened, options.method, pedestal, options.dither)
+        if thumbnails:
+            shrunk += [shrink(rows[..., :n_channels], start, thumbnails[0].factor) for rows in (background, strips[0])]
         if options.background:
-            background = model.evaluate(start, stop, width)
             noise = dither_noise(start, stop, width, n_channels, stream=1) if options.dither else None
             strips.append(to_dtype(background, image.dtype, noise)[0])
-        return [writer.encode(strip) for writer, strip in zip(writers, strips)], n_limited
+        return [writer.encode(strip) for writer, strip in zip(writers, strips)], shrunk, n_limited
 
     total = 0
-    for encoded, n_limited in starmap(finish, row_groups(height, options.rows)):
+    for encoded, shrunk, n_limited in starmap(finish, row_groups(height, options.rows)):
         total += n_limited
+        for thumbnail, sums in zip(thumbnails, shrunk):
+            thumbnail.add(*sums)
         for path, writer, data in zip((options.output, options.background), writers, encoded):
             with _named(path):
                 writer.append(data)
@@ -1591,17 +1895,19 @@ def progress_bar():
 
 
 def report_model(points, levels, noise, model):
-    """Log what was chosen, and warn of points that do not fit."""
+    """Log what was chosen, warn of points that do not fit, and return their indices."""
     if not model.choice:
-        return
+        return []
     choice = model.choice
     logger.info('model: %s and a multiquadric of shape %.0f pixels and smoothness %.2g; '
                 'points are predicted from the others to %s (root mean square)',
                 choice.trend, choice.epsilon, choice.smooth, in_words(np.sqrt((choice.errors**2).mean(axis=0))))
-    for i, error in find_misfits(points, levels, noise, choice):
+    misfits = find_misfits(points, levels, noise, choice)
+    for i, error in misfits:
         hint = 'brighter than its neighbors suggest: on a star or nebula?' if error > 0 else (
             'darker than its neighbors suggest: on a dust cloud or border?')
         logger.warning('point (%d, %d) is %.3g %s', points.x[i], points.y[i], abs(error), hint)
+    return [i for i, _ in misfits]
 
 
 def in_words(values):
@@ -1627,18 +1933,25 @@ def build_parser():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     files = parser.add_argument_group('input and output')
     files.add_argument('-i', '--input', metavar='FILE', required=True, help='picture to correct (TIFF)')
-    files.add_argument('-o', '--output', metavar='FILE', required=True,
-                       help='corrected picture (TIFF of the same type)')
+    files.add_argument('-o', '--output', metavar='FILE',
+                       help='corrected picture (TIFF of the same type); required, but for -a with --save-points')
     files.add_argument('-b', '--background', metavar='FILE', help='also write the background that is removed: '
                        'output = input - (background - its minimum)')
     files.add_argument('-c', '--compress', metavar='LEVEL', type=whole_number(0, 9), default=0,
                        help='deflate level of the files written, 0 is none (default: %(default)s)')
+    files.add_argument('--save-points', metavar='FILE', help='write the points used, for -f')
+    files.add_argument('--preview', metavar='FILE', type=preview_name, help='picture of before, background with '
+                       'points, and after (PNG, PDF or SVG by its ending; needs matplotlib)')
     files.add_argument('--overwrite', action='store_true', help='replace files that exist')
 
     choice = parser.add_argument_group('points').add_mutually_exclusive_group(required=True)
     choice.add_argument('-p', '--points', metavar=('X', 'Y'), nargs='+', help='points of empty sky, in pixels')
     choice.add_argument('-f', '--points-file', metavar='FILE',
                         help='the same from a file, one pair a line, # starts a comment; - is standard input')
+
+    choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=AUTO, type=whole_number(3, 100),
+                        help='choose points, one from each cell of a grid with N cells along the longer side '
+                        f'(default: {AUTO}), where there are neither stars nor nebulae')
 
     model = parser.add_argument_group('model')
     model.add_argument('-s', '--sigma', metavar='PIXELS', type=number(0.1, 10000), default=SIGMA,
@@ -1686,6 +1999,13 @@ def whole_number(lowest, highest):
     return number(lowest, highest, int)
 
 
+def preview_name(path):
+    """Return a path if its ending is one of the kinds of previews, for argparse."""
+    if os.path.splitext(path)[1].lower() not in ('.png', '.pdf', '.svg'):
+        raise argparse.ArgumentTypeError(f'{path!r} does not end in .png, .pdf or .svg')
+    return path
+
+
 def auto_or(convert):
     """Return a function that takes the word auto beside what another takes, for argparse."""
     return lambda text: text if text == 'auto' else convert(text)
@@ -1722,6 +2042,9 @@ def main(argv=None):
     """Run the command line, `sys.argv` by default, and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
+    if not options.output and (options.auto is None or not options.save_points or options.background
+                               or options.preview):
+        parser.error('the following arguments are required: -o/--output')
     if options.points is not None:
         try:
             options.points = parse_coordinates(options.points)

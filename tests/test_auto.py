@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Points that are chosen, points that are saved, and the preview."""
+import re
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+from matplotlib.image import imread
+from numpy.testing import assert_allclose, assert_array_equal
+
+import rmgradient as rg
+
+HEIGHT, WIDTH = 600, 900
+
+
+def sky_with(nebula=0.0, glow=2000.0, border=False, seed=11, n_channels=3):
+    """Return a uint16 sky of a dome, stars and noise, its background, and the light of a nebula in a quarter of it."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    dome = np.exp(-((x + 100) ** 2 + (y - 700) ** 2) / (2 * 500.0**2))
+    background = 1500 + glow * dome[..., None] * np.linspace(1, 0.7, n_channels)
+    light = nebula * np.clip(1 - ((x - 480) / 270) ** 2 - ((y - 290) / 160) ** 2, 0, None) ** 0.7
+    sky = background + rng.normal(0, 50, background.shape) + light[..., None] * np.linspace(1, 0.3, n_channels)
+    for row, column, flux in zip(rng.integers(0, HEIGHT, 400), rng.integers(0, WIDTH, 400), 800 * rng.pareto(1.1, 400)):
+        rows, columns = slice(max(row - 8, 0), row + 9), slice(max(column - 8, 0), column + 9)
+        r2 = (y[rows, columns] - row) ** 2 + (x[rows, columns] - column) ** 2
+        sky[rows, columns] += min(flux, 65535) * np.exp(-r2 / 4)[..., None]
+    if border:
+        sky[:70] = sky[:, :55] = 0
+    return np.clip(np.rint(sky), 0, 65535).astype(np.uint16), background, light
+
+
+def error_of(points, sky, background):
+    """Return the largest RMS error of a channel of the model through the points, its mean error removed."""
+    model = rg.fit_background(points, rg.measure_levels(sky, points)[0])
+    return (model.evaluate(0, HEIGHT, WIDTH) - background).std(axis=(0, 1)).max()
+
+
+@pytest.mark.parametrize(('case', 'most'), [({}, 5), ({'glow': 16000.0}, 20), ({'n_channels': 1}, 5),
+                                            ({'glow': 16000.0, 'nebula': 1500.0}, 60), ({'border': True}, 20)])
+def test_chosen_points_give_the_background(case, most):
+    sky, background, _ = sky_with(**case)
+    points, n_places = rg.choose_points(sky)
+    assert 40 < len(points.x) <= n_places <= 150
+    assert error_of(points, sky, background) < most  # the goals: counts of a noise of 50
+
+
+def test_nebula_is_avoided_and_the_glow_is_not():
+    sky, _, light = sky_with(glow=16000.0, nebula=1500.0)
+    points, _ = rg.choose_points(sky)
+    assert (light[points.y, points.x] > 100).sum() == 0
+    assert points.x.min() < 100  # the brightest corner of the glow
+    assert points.y.max() > HEIGHT - 100
+
+
+def test_black_borders_saturated_cores_and_holes_are_avoided():
+    sky, _, _ = sky_with(border=True)
+    sky[300:400, 500:600] = 65535
+    points, _ = rg.choose_points(sky)
+    for bad in (sky == 0).all(axis=2), (sky == 65535).any(axis=2):
+        assert not any(bad[y - 24:y + 25, x - 24:x + 25].any() for x, y in zip(points.x, points.y))
+    holes = sky.astype(np.float32)
+    holes[sky == 0] = np.nan
+    holes[500, 700] = np.inf
+    points, _ = rg.choose_points(holes)
+    assert all(np.isfinite(holes[y - 24:y + 25, x - 24:x + 25]).all() for x, y in zip(points.x, points.y))
+
+
+def test_choice_does_not_depend_on_threads_and_scale():
+    sky, _, _ = sky_with()
+    points, _ = rg.choose_points(sky)
+    with rg.threads(lambda results, total: results) as starmap:
+        again, _ = rg.choose_points(sky, starmap=starmap)
+    scaled, _ = rg.choose_points(sky.astype(np.float64) / 65536)
+    for other in (again, scaled):
+        assert_array_equal(other.x, points.x)
+        assert_array_equal(other.y, points.y)
+
+
+@pytest.mark.parametrize('n', [5, 10, 30])
+def test_number_of_points(n):
+    sky, background, _ = sky_with()
+    points, n_places = rg.choose_points(sky, n)
+    assert n_places <= n * (n * 2 // 3 + 1)
+    assert len(points.x) > 0.7 * n_places
+    assert error_of(points, sky, background) < 25
+
+
+def test_floor_lies_below_most():
+    rng = np.random.default_rng(12)
+    centers = rng.uniform(0, 900, (150, 2))
+    levels = (1000 + centers[:, :1]) * [1.0, 2.0] + rng.normal(0, 10, (150, 2))
+    bump = np.hypot(*(centers - 450).T) < 200
+    levels[bump] += 500
+    floor = rg.fit_floor(centers, levels, 900.0)
+    above = levels - floor
+    assert (np.median(above[~bump], axis=0) < 30).all()
+    assert (np.median(above[bump], axis=0) > 300).all()
+
+
+def test_others_are_predicted_as_if_left_out():
+    """A point left out of a fit and predicted by it: the error of the leave-one-out formula, and its deviation."""
+    rng = np.random.default_rng(13)
+    centers = rng.uniform(0, 900, (40, 2))
+    levels = np.sin(centers / 300) + rng.normal(0, 0.1, (40, 2))
+    choice, _ = rg.choose_model(centers, levels, np.arange(40))
+    errors, spread = rg.left_out_errors(choice.weights, choice.precision, choice.leader)
+    for i in range(5):
+        predicted = rg.predict_others(choice, centers, levels, np.arange(40) != i)
+        assert_allclose(predicted[0][0], errors[i], rtol=1e-6)
+        assert_allclose(predicted[1][0], spread[i], rtol=1e-6)
+
+
+@pytest.mark.parametrize(('picture', 'match'), [
+    (np.zeros((200, 300, 3), np.uint16), '0 places of empty sky are too few'),
+    (np.full((200, 300, 1), np.nan, np.float32), '0 places'),
+    (np.ones((40, 300, 3), np.uint16), '0 places'),
+    (np.random.default_rng(1).integers(0, 99, (110, 110, 1), np.uint16), 'places of empty sky are too few')])
+def test_too_few_places(picture, match):
+    with pytest.raises(rg.RmgradientError, match=match):
+        rg.choose_points(picture)
+
+
+# ---- from the command line ------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def big(cli):
+    sky, background, _ = sky_with()
+    tifffile.imwrite('sky.tif', sky, photometric='rgb', compression='zlib', rowsperstrip=64)
+    cli.sky = sky
+    return cli
+
+
+def test_auto_and_saved_points(big):
+    assert big('--save-points', 'points', points=['-a']) == 0
+    assert re.search(r'^rmgradient: \d+ points chosen from \d+ quiet places$', big.stderr, re.MULTILINE)
+    lines = (big.folder / 'points').read_text().splitlines()
+    assert lines[0] == '# sky.tif, 900 x 600 pixels, sigma 8'
+    expected, _ = rg.choose_points(big.sky)
+    assert lines[1:] == rg.format_points(expected)
+    assert big('-o', 'again.tif', points=['-f', 'points']) == 0
+    assert (big.folder / 'again.tif').read_bytes() == (big.folder / 'out.tif').read_bytes()
+    assert big('-o', 'five.tif', '-s', 4, points=['-a', '5']) == 0
+
+
+def test_saved_isolines_are_read_again(cli):
+    points = ['-p', *'30 30 -0 -5 -119 7 60 40 90 60 40 60'.split()]
+    assert cli('--save-points', 'points', points=points) == 0
+    assert cli('-o', 'again.tif', points=['-f', 'points']) == 0
+    assert (cli.folder / 'again.tif').read_bytes() == (cli.folder / 'out.tif').read_bytes()
+
+
+def test_points_alone_need_no_output(big):
+    assert rg.main(['-q', '-i', 'sky.tif', '-a', '--save-points', 'points']) == 0
+    assert big.files() == ['points', 'sky.tif']
+    for arguments in (['-a'], ['-a', '--save-points', 'p', '-b', 'bg.tif'], ['-p', '30', '30', '--save-points', 'p'],
+                      ['-a', '--save-points', 'p', '--preview', 'p.png']):
+        with pytest.raises(SystemExit) as stop:
+            rg.main(['-i', 'sky.tif', *arguments])
+        assert stop.value.code == 2
+        assert 'required: -o/--output' in big.capsys.readouterr().err
+
+
+def test_auto_options_and_errors(cli):
+    cli.fails('-b', 'bg.tif', match='sky.tif: ', points=['-a'])
+    for value in ('2', '1000', 'x'):
+        cli.fails(status=2, match='is not a whole number from 3 to 100', points=['-a', value])
+    cli.fails('--save-points', 'out.tif', match='is the same file as out.tif')
+    (cli.folder / 'points').write_text('30 30\n40 40\n50 50\n')
+    cli.fails('--save-points', 'points', '--overwrite', match='is the input points', points=['-f', 'points'])
+
+
+def test_preview_shows_three_panels(big):
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    sky = np.clip(big.sky + 40000 * np.exp(-((x - 450) ** 2 + (y - 300) ** 2) / 50)[..., None], 0, 65535)
+    tifffile.imwrite('sky.tif', sky.astype(np.uint16), photometric='rgb')
+    good = [(px, py) for px in range(40, 880, 90) for py in range(40, 580, 80)
+            if sky[py - 24:py + 25, px - 24:px + 25].max() < 9000]
+    points = ['-p', *(str(v) for p in good for v in p), '453', '303']
+    assert big('--preview', 'preview.png', points=points) == 0
+    assert 'point (453, 303)' in big.stderr
+    pixels = np.rint(imread(big.folder / 'preview.png') * 255).astype(np.uint8)
+    height, width, _ = pixels.shape
+    assert 2.2 < width / height < 5
+    orange = (np.abs(pixels[..., :3].astype(int) - [255, 127, 14]).sum(axis=2) < 30)
+    red = (pixels[..., 0] > 240) & (pixels[..., 1:3].max(axis=2) < 40)
+    for mask in (orange, red):  # points and the cross are in the middle panel alone
+        columns = np.flatnonzero(mask.any(axis=0))
+        assert len(columns)
+        assert width * 0.3 < columns.min()
+        assert columns.max() < width * 0.7
+    # Before: the lower left is brighter than the upper right. After: about the same.
+    panels = [pixels[:, int(width * a):int(width * (a + 0.25)), :3].astype(float) for a in (0.06, 0.72)]
+    differences = [np.median(panel[int(height * 0.7):int(height * 0.8), :80]) -
+                   np.median(panel[int(height * 0.2):int(height * 0.3), -80:]) for panel in panels]
+    assert differences[0] > 30
+    assert abs(differences[1]) < 12
+
+
+@pytest.mark.parametrize(('name', 'begin'), [('p.pdf', b'%PDF'), ('p.SVG', b'<?xml'), ('p.png', b'\x89PNG')])
+def test_preview_kinds(cli, name, begin):
+    for sky in (cli.sky, cli.sky[..., 0], np.full((90, 120), 7, np.uint8)):
+        tifffile.imwrite('sky.tif', sky, photometric='rgb' if sky.ndim == 3 else 'minisblack')
+        assert cli('--preview', name, '--overwrite') == 0
+        assert (cli.folder / name).read_bytes().startswith(begin)
+
+
+def test_preview_errors(cli, monkeypatch):
+    cli.fails('--preview', 'preview.jpg', status=2, match="'preview.jpg' does not end in .png, .pdf or .svg")
+    (cli.folder / 'preview.png').write_text('old')
+    cli.fails('--preview', 'preview.png', match='preview.png: exists')
+    monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: None)
+    cli.fails('--preview', 'other.png', match="needs matplotlib; run: pip install 'rmgradient[plot]'")
+
+
+@pytest.mark.parametrize('size', [(90, 120), (2500, 1001), (1000, 999), (3, 2001)])
+def test_thumbnail_is_the_mean_of_blocks(size):
+    picture = np.random.default_rng(14).uniform(0, 9, (*size, 2))
+    thumbnail = rg.Thumbnail(*picture.shape)
+    k = thumbnail.factor
+    for start, stop in reversed(rg.row_groups(size[0], 77)):
+        thumbnail.add(*rg.shrink(picture[start:stop], start, k))
+    expected = [[picture[y:y + k, x:x + k].mean(axis=(0, 1)) for x in range(0, size[1], k)]
+                for y in range(0, size[0], k)]
+    assert max(np.shape(expected)[:2]) <= 1001
+    assert_allclose(thumbnail.means(), expected, rtol=1e-12)
+
+
+def test_midtones_take_the_median_to_a_quarter():
+    picture = np.random.default_rng(15).normal(1000, 30, (100, 100, 3))
+    picture[0, :10] = 60000
+    stretched, = rg.stretch_midtones([picture])
+    assert_allclose(np.median(stretched, axis=(0, 1)), 0.25, atol=0.01)
+    assert stretched.max() == 1
+    order = np.argsort(picture[..., 0], axis=None)
+    assert (np.diff(stretched[..., 0].ravel()[order]) >= 0).all()
+
+
+def test_progress_bar_is_for_terminals(cli, monkeypatch):
+    class Terminal:
+        text = ''
+
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+    import tqdm
+    show = rg.progress_bar
+    monkeypatch.setattr(sys, 'stderr', terminal := Terminal())
+    rg.logger.setLevel('INFO')
+    assert list(show()(iter('abc'), 3)) == ['a', 'b', 'c']
+    assert terminal.text == ''  # over within a second
+    monkeypatch.setattr(tqdm, 'tqdm', lambda results, **options: (terminal.write(f'{options}'), results)[1])
+    list(show()(iter('abc'), 3))
+    assert "'total': 3" in terminal.text
+    rg.logger.setLevel('WARNING')
+    terminal.text = ''
+    list(show()(iter('abc'), 3))
+    assert terminal.text == ''
