@@ -720,8 +720,8 @@ def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
     above = levels - fit_floor(centers, levels, max(height, width))
     below = np.array([np.median(-channel[channel <= 0]) for channel in above.T])
     height_above = (above / np.maximum(1.4826 * below, noise).clip(np.finfo(float).tiny)).max(axis=1)
-    # At least a third: few places are no measure of what is usual.
-    accepted = height_above <= max(REJECT, np.quantile(height_above, max(1 / 3, LEAST_PLACES / len(places))))
+    # Never too few to begin with: of few places, the surface may touch so many that the usual distance is none.
+    accepted = height_above <= max(REJECT, np.quantile(height_above, max(0.15, LEAST_PLACES / len(places))))
     cell = max(height, width) / n
     from_border = np.minimum(places, [width, height] - places).min(axis=1)
     reach = np.where(from_border < 2 * cell, 8.0, 2.5)  # typical errors within which a place may join
@@ -1949,7 +1949,7 @@ def build_parser():
     choice.add_argument('-f', '--points-file', metavar='FILE',
                         help='the same from a file, one pair a line, # starts a comment; - is standard input')
 
-    choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=AUTO, type=whole_number(3, 100),
+    choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=AUTO, type=whole_number(3, 30),
                         help='choose points, one from each cell of a grid with N cells along the longer side '
                         f'(default: {AUTO}), where there are neither stars nor nebulae')
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import rmgradient  # noqa: E402
+
+posix = pytest.mark.skipif(os.name == 'nt', reason='needs POSIX')
 
 
 def draw(height=90, width=120, n_channels=3, dtype=np.uint16, noise=20.0, seed=1):

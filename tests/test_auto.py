@@ -78,7 +78,7 @@ def test_choice_does_not_depend_on_threads_and_scale():
         assert_array_equal(other.y, points.y)
 
 
-@pytest.mark.parametrize('n', [5, 10, 30])
+@pytest.mark.parametrize('n', [5, 10, 20])
 def test_number_of_points(n):
     sky, background, _ = sky_with()
     points, n_places = rg.choose_points(sky, n)
@@ -164,8 +164,8 @@ def test_points_alone_need_no_output(big):
 
 def test_auto_options_and_errors(cli):
     cli.fails('-b', 'bg.tif', match='sky.tif: ', points=['-a'])
-    for value in ('2', '1000', 'x'):
-        cli.fails(status=2, match='is not a whole number from 3 to 100', points=['-a', value])
+    for value in ('2', '31', 'x'):
+        cli.fails(status=2, match='is not a whole number from 3 to 30', points=['-a', value])
     cli.fails('--save-points', 'out.tif', match='is the same file as out.tif')
     (cli.folder / 'points').write_text('30 30\n40 40\n50 50\n')
     cli.fails('--save-points', 'points', '--overwrite', match='is the input points', points=['-f', 'points'])
@@ -214,7 +214,7 @@ def test_preview_errors(cli, monkeypatch):
     cli.fails('--preview', 'other.png', match="needs matplotlib; run: pip install 'rmgradient[plot]'")
 
 
-@pytest.mark.parametrize('size', [(90, 120), (2500, 1001), (1000, 999), (3, 2001)])
+@pytest.mark.parametrize('size', [(90, 120), (1100, 301), (301, 1100), (3, 2001)])
 def test_thumbnail_is_the_mean_of_blocks(size):
     picture = np.random.default_rng(14).uniform(0, 9, (*size, 2))
     thumbnail = rg.Thumbnail(*picture.shape)

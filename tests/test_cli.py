@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, draw, scatter, words
+from conftest import ROOT, draw, posix, scatter, words
 from numpy.testing import assert_array_equal
 
 import rmgradient as rg
@@ -188,6 +188,19 @@ def test_help_and_version(capsys):
         assert text in capsys.readouterr().out
 
 
+def test_readme_tells_the_options_and_their_defaults():
+    readme = (ROOT / 'README.rst').read_text(encoding='utf-8')
+    table = dict(re.findall(r'^((?:-\w, )?--[\w-]+).*?  (\S+)?$', readme, re.MULTILINE))
+    for action in rg.build_parser()._actions:
+        if action.dest in ('help', 'version'):
+            continue
+        name = ', '.join(action.option_strings)
+        assert name in table
+        default = {'auto': rg.AUTO, 'method': None, 'dither': None}.get(action.dest, action.default)
+        if isinstance(default, int | float | str) and not isinstance(default, bool):
+            assert table[name] == f'{default:g}' if isinstance(default, float) else str(default)
+
+
 def test_remarks_and_quiet(cli):
     assert cli() == 0
     lines = cli.stderr.splitlines()
@@ -257,6 +270,7 @@ def test_output_in_the_wrong_place(cli):
     cli.fails('-b', 'nowhere/bg.tif', match='nowhere/bg.tif: there is no folder')
 
 
+@posix
 def test_outputs_are_told_from_inputs_and_each_other(cli):
     os.symlink('sky.tif', 'link.tif')
     os.link('sky.tif', 'hard.tif')
@@ -296,6 +310,7 @@ def test_out_of_memory(cli, monkeypatch):
 
 # ---- for real -------------------------------------------------------------------------------------------------------
 
+@posix
 def test_script_through_xargs(tmp_path):
     command = f'xargs {sys.executable} {ROOT}/rmgradient.py -i {ROOT}/test_data/sky.tif -o out.tif -b bg.tif -q -p'
     with open(ROOT / 'test_data' / 'skypoints') as points:
@@ -308,6 +323,7 @@ def test_script_through_xargs(tmp_path):
         assert tif.pages[0].tags[34675].value == make_sky.srgb_profile()
 
 
+@posix
 def test_several_pictures_at_once(cli):
     for i in range(4):
         tifffile.imwrite(f'{i}.tif', cli.sky, photometric='rgb')
@@ -332,6 +348,7 @@ def test_dithered_output_is_the_same_at_every_run(cli, monkeypatch):
     assert len(results) == 1
 
 
+@posix
 def test_demonstration_from_anywhere_and_again(tmp_path):
     for _ in range(2):
         subprocess.run([ROOT / 'test_sky_image.sh', sys.executable], cwd=tmp_path, check=True, capture_output=True)

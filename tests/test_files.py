@@ -3,7 +3,6 @@
 import errno
 import itertools
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import tifffile
 from conftest import ROOT, words
 
 import rmgradient as rg
+
+resource = pytest.importorskip('resource')  # links, modes, signals and limits of POSIX
 
 
 def contents(folder):

@@ -10,7 +10,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-from conftest import draw
+from conftest import draw, posix
 from numpy.testing import assert_allclose, assert_array_equal
 from tiff_files import HEIGHT, WIDTH, gray_tags, read_tags, write_rich, write_tiff
 
@@ -221,6 +221,7 @@ def test_truncated_streams(cli, gray, code, encode):
     assert cli() == 0
 
 
+@posix
 def test_things_that_are_no_files(cli):
     os.mkfifo('fifo.tif')
     os.symlink('nowhere', 'broken.tif')
@@ -229,6 +230,7 @@ def test_things_that_are_no_files(cli):
         cli.fails('-i', name, match=match)
 
 
+@posix
 def test_file_that_shrinks_while_it_is_read(cli, monkeypatch):
     tifffile.imwrite('sky.tif', cli.sky, photometric='rgb', rowsperstrip=10)
     find_pedestal = rg.find_pedestal
