@@ -444,6 +444,16 @@ def fit_background(points, levels, smooth='auto'):
     return BackgroundModel(rbf, plane, choice)
 
 
+def distances_between(a, b):
+    """Return the (n_a, n_b) distances between (n_a, 2) and (n_b, 2) places."""
+    return np.hypot(*(a[:, None] - b).transpose(2, 0, 1))
+
+
+def multiquadric(distances, epsilon):
+    """Return the multiquadric of distances, as scipy's Rbf has it."""
+    return np.sqrt((distances / epsilon) ** 2 + 1)
+
+
 def plane_at(plane, centers):
     """Return the (n_points, n_channels) values of a plane at (n_points, 2) places."""
     return plane[0] + centers @ plane[1:]
@@ -493,7 +503,7 @@ def choose_model(centers, levels, leader):
     Likelihoods of different trends don't compare, so the trend is chosen by leave-one-out errors (`left_out_errors`).
     """
     n_points = len(centers)
-    distances = np.hypot(*(centers[:, None] - centers).T)
+    distances = distances_between(centers, centers)
     spacing = Rbf(*centers.T, np.zeros(n_points)).epsilon  # scipy's default: the average distance between points
     # Above n_points / 3 the largest eigenvalue of A, n_points or more, is too close to smooth: A - smooth is singular.
     smoothness = SMOOTHNESS[n_points / 3 >= SMOOTHNESS]
@@ -509,7 +519,7 @@ def choose_model(centers, levels, leader):
         if n_free and rough.any():
             likely = None
             for epsilon in SHAPES * spacing:
-                kernel = np.sqrt((distances / epsilon) ** 2 + 1)
+                kernel = multiquadric(distances, epsilon)
                 eigenvalues, vectors = across_trend(kernel, basis)
                 r = vectors.T @ residuals[:, rough]
                 for smooth in smoothness:
@@ -748,7 +758,7 @@ def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
             accepted[joining] = True
             continue
         # Last, faint ends: beside what is rejected now inside of the frame, less is enough.
-        away = np.hypot(*(centers[:, None] - centers[~accepted]).T).min(axis=0, initial=np.inf)
+        away = distances_between(centers, centers[~accepted]).min(axis=1, initial=np.inf)
         beside, limit = (away < 2.5 * cell) & (from_border > cell), 2.5
     return make_points(places[accepted]), len(places)
 
@@ -815,7 +825,7 @@ def fit_floor(centers, levels, length):
     Asymmetric least squares (Eilers 2003, Analytical Chemistry 75, 3631, for spectra), with the equations of
     `choose_model` and a smoothness of each point.
     """
-    kernel = np.sqrt((np.hypot(*(centers[:, None] - centers).T) / (length / 2)) ** 2 + 1)
+    kernel = multiquadric(distances_between(centers, centers), length / 2)
     basis = trend_basis(centers, 'plane')
     n_terms = basis.shape[1]
     floor = np.empty_like(levels)
@@ -844,7 +854,7 @@ def predict_others(choice, centers, levels, accepted):
     n_terms = terms.shape[1]
 
     def kernel(a, b):
-        return np.sqrt(((a[:, None] - b) ** 2).sum(axis=2) / choice.epsilon**2 + 1)
+        return multiquadric(distances_between(a, b), choice.epsilon)
 
     system = np.block([[kernel(inside, inside) - choice.smooth * np.eye(len(inside)), terms[accepted]],
                        [terms[accepted].T, np.zeros((n_terms, n_terms))]])
@@ -1050,8 +1060,9 @@ def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', method='subtra
     pedestal = find_pedestal(model, height, width, rows)
     if method == 'divide':
         check_divisor(model, pedestal, height, width, rows)
+    darkened = model.darkened(pedestal)
     for start, stop in row_groups(height, rows):
-        correct_rows(corrected[start:stop], start, model.darkened(pedestal), method, pedestal, dither)
+        correct_rows(corrected[start:stop], start, darkened, method, pedestal, dither)
     corrected = corrected.reshape(image.shape)
     return (corrected, model) if return_model else corrected
 
