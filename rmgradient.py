@@ -78,7 +78,18 @@ MISFIT = 6.0  # a point is worth a warning if it is off by this many standard de
 # ---- Errors ---------------------------------------------------------------------------------------------------------
 
 class RmgradientError(ValueError):
-    """Something that the user can correct; the message is complete."""
+    """Something that the user can correct."""
+
+
+@contextlib.contextmanager
+def about(name):
+    """Begin the message of what goes wrong inside, with our data or with the system's files, with a name."""
+    try:
+        yield
+    except RmgradientError as error:
+        raise RmgradientError(f'{name}: {error}') from error
+    except OSError as error:
+        raise RmgradientError(f'{name}: {error.strerror or error}') from error
 
 
 # ---- Points ---------------------------------------------------------------------------------------------------------
@@ -151,7 +162,7 @@ def make_points(pairs):
     """
     pairs = np.asarray(pairs, float)
     if pairs.size == 0:
-        raise RmgradientError('no points: give at least three')
+        raise RmgradientError('no points; give at least three')
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise RmgradientError(f'points of shape {pairs.shape} are not pairs of coordinates')
     if not (np.abs(pairs) < 2**31).all() or (pairs % 1).any():
@@ -168,7 +179,7 @@ def make_points(pairs):
             raise RmgradientError(f'point {i + 1} repeats point {first[place] + 1}, {place}: remove one of them')
         first[place] = i
     if len(first) < 3:
-        raise RmgradientError(f'{len(first)} points are too few: give at least three')
+        raise RmgradientError(f'too few points, {len(first)}; give at least three')
     return Points(x, y, leader)
 
 
@@ -723,7 +734,7 @@ def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
     height, width, _ = image.shape
     places = find_quiet_places(image, n, sigma, starmap)
     if len(places) < LEAST_PLACES:
-        raise RmgradientError(f'{len(places)} places of empty sky are too few; lower --sigma or give points with -p')
+        raise RmgradientError(f'too few places of empty sky, {len(places)}; lower --sigma or give points with -p')
     levels, noise = measure_levels(image, make_points(places), sigma)
     noise = np.median(noise, axis=0)
     centers = places.astype(float)
@@ -738,7 +749,7 @@ def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
     beside, limit = None, REJECT
     for _ in range(len(places)):
         if accepted.sum() < LEAST_PLACES:
-            raise RmgradientError(f'{accepted.sum()} places of empty sky are too few; give points with -p')
+            raise RmgradientError(f'too few places of empty sky, {accepted.sum()}; give points with -p')
         choice, _ = choose_model(centers[accepted], levels[accepted], np.arange(accepted.sum()))
         errors, spread = left_out_errors(choice.weights, choice.precision, choice.leader)
         typical = _typical(spread)
@@ -1125,9 +1136,8 @@ class TiffImage:
     """
 
     def __init__(self, path):
-        self.path = path
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise RmgradientError(f'{path}: not a regular file')
+            raise RmgradientError('not a regular file')
         self._file = open(path, 'rb')  # noqa: SIM115
         try:
             with self._damage():
@@ -1149,7 +1159,7 @@ class TiffImage:
         head = self._file.read(16).ljust(16, b'\0')
         self.byteorder = {b'II': '<', b'MM': '>'}.get(head[:2], '?')
         if self.byteorder == '?' or (magic := struct.unpack(self.byteorder + 'H', head[2:4])[0]) not in (42, 43):
-            raise RmgradientError(f'{self.path}: not a TIFF file')
+            raise RmgradientError('not a TIFF file')
         self.bigtiff = magic == 43
         offset, = struct.unpack(self.byteorder + 'Q', head[8:]) if self.bigtiff else struct.unpack(
             self.byteorder + 'I', head[4:8])
@@ -1157,11 +1167,11 @@ class TiffImage:
         structure = {code: self._numbers(type_, count, offset) for code, type_, count, offset in entries
                      if code in STRUCTURE_TAGS and type_ in (1, 3, 4, 16) and count < 2**16}
         for flaw in find_flaws_of_structure(structure):
-            raise RmgradientError(f'{self.path}: {flaw}')
+            raise RmgradientError(flaw)
         self._file.seek(0)
         self._page = page = tifffile.TiffFile(self._file).pages.first
         for flaw in find_flaws(page, os.fstat(self._file.fileno()).st_size):
-            raise RmgradientError(f'{self.path}: {flaw}')
+            raise RmgradientError(flaw)
         self.photometric = int(page.photometric)
         self.extra_samples = [int(kind) for kind in page.extrasamples]
         self.n_samples = page.samplesperpixel
@@ -1171,7 +1181,7 @@ class TiffImage:
         self.tags = self._read_tags(entries)
         n_skipped = self._count_pictures(next_directory)
         if n_skipped:
-            self.warnings.append(f'{self.path}: only the first of {n_skipped + 1} pages is corrected, '
+            self.warnings.append(f'only the first of {n_skipped + 1} pages is corrected, '
                                  f'{n_skipped} {"is" if n_skipped == 1 else "are"} left out')
         if page.is_tiled:
             self._segment_shape = page.tilelength, page.tilewidth
@@ -1190,7 +1200,7 @@ class TiffImage:
         except (RmgradientError, OSError, MemoryError):
             raise
         except Exception as error:
-            raise RmgradientError(f'{self.path}: damaged: {str(error) or type(error).__name__}') from error
+            raise RmgradientError(f'damaged: {str(error) or type(error).__name__}') from error
 
     def __getitem__(self, window):
         rows, columns = window
@@ -1296,8 +1306,8 @@ class TiffImage:
             except (KeyError, ValueError, struct.error, OverflowError) as error:
                 what = NAMES_OF_TAGS.get(code, f'tag {code}')
                 if code in (ICC, XMP):
-                    raise RmgradientError(f'{self.path}: {what} cannot be read: {error}') from error
-                self.warnings.append(f'{self.path}: {what} cannot be read and is left out')
+                    raise RmgradientError(f'{what} cannot be read: {error}') from error
+                self.warnings.append(f'{what} cannot be read and is left out')
         return tags
 
     def _count_pictures(self, directory):
@@ -1311,7 +1321,7 @@ class TiffImage:
                 tags = {code: self._numbers(type_, 1, offset)[0] for code, type_, _, offset in entries
                         if code in (254, 255, 256, 257)}
             except (KeyError, ValueError, struct.error, OSError, OverflowError):
-                self.warnings.append(f'{self.path}: a further page is damaged and left out')
+                self.warnings.append('a further page is damaged and left out')
                 break
             is_level = any(abs(tags.get(256, 0) - width / 2**k) < 1 > abs(tags.get(257, 0) - height / 2**k)
                            for k in range(1, 16))
@@ -1578,12 +1588,12 @@ def whole_files(paths, overwrite):
                 name = temporary[path] = _beside(path)
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
                 stack.callback(_remove, name)
-            with _named(path):
+            with about(path):
                 descriptor = os.open(name, flags | getattr(os, 'O_BINARY', 0), 0o666)
                 files.append(stack.enter_context(_closing(os.fdopen(descriptor, 'w+b'))))
         yield files
         for path, file in zip(paths, files):
-            with _named(path):
+            with about(path):
                 file.flush()
                 if path in temporary:
                     os.fsync(file.fileno())
@@ -1596,7 +1606,7 @@ def _publish(temporary, overwrite):
     """Give files their names, {path: temporary name}; on failure take the names back, and restore what was there."""
     with contextlib.ExitStack() as cleanup, contextlib.ExitStack() as undo:
         for path, name in temporary.items():
-            with _named(path):
+            with about(path):
                 if overwrite and os.path.exists(path):
                     old = _beside(path)
                     cleanup.callback(_remove, old)
@@ -1607,7 +1617,7 @@ def _publish(temporary, overwrite):
                     _name_anew(name, path)
                     undo.callback(_remove, path)
         for folder in {os.path.dirname(path) for path in temporary}:
-            with _named(folder):
+            with about(folder):
                 _sync_folder(folder)
         undo.pop_all()
 
@@ -1655,15 +1665,6 @@ def _closing(file):
     finally:
         with contextlib.suppress(OSError):
             file.close()
-
-
-@contextlib.contextmanager
-def _named(path):
-    """Put the name of a file into what the system says of it."""
-    try:
-        yield
-    except OSError as error:
-        raise RmgradientError(f'{path}: {error.strerror or error}') from error
 
 
 @contextlib.contextmanager
@@ -1774,11 +1775,13 @@ def process(options):
     check_paths(inputs, outputs, options.overwrite)
     if options.preview and not importlib.util.find_spec('matplotlib'):
         raise RmgradientError(f"{options.preview}: needs matplotlib; run: pip install 'rmgradient[plot]'")
-    with TiffImage(options.input) as image, threads(progress_bar()) as starmap:
+    with about(options.input):
+        image = TiffImage(options.input)
+    with image, threads(progress_bar()) as starmap:
         for warning in image.warnings:
-            logger.warning(warning)
+            logger.warning('%s: %s', options.input, warning)
         points = read_points(options) if options.auto is None else find_points(image, options, starmap)
-        with about(image.path):
+        with about(options.input):
             levels, noise = measure_levels(image, points, options.sigma)
             model = fit_background(points, levels, options.smooth)
         misfits = report_model(points, levels, noise, model)
@@ -1789,7 +1792,7 @@ def process(options):
             return
         pedestal = find_pedestal(model, height, width, options.rows, starmap)
         if options.method == 'divide':
-            with about(image.path):
+            with about(options.input):
                 check_divisor(model, pedestal, height, width, options.rows)
         with whole_files(outputs, options.overwrite) as files:
             files = dict(zip(outputs, files))
@@ -1821,7 +1824,7 @@ def read_points(options):
 
 def find_points(image, options, starmap):
     """Return the points of -a."""
-    with about(image.path):
+    with about(options.input):
         points, n_places = choose_points(image, options.auto, options.sigma, starmap)
     logger.info('%d points chosen from %d quiet places', len(points.x), n_places)
     return points
@@ -1831,7 +1834,7 @@ def write_points(file, points, options, width, height):
     """Write the points in the format of -f."""
     lines = [f'# {os.path.basename(options.input)}, {width} x {height} pixels, sigma {options.sigma:g}',
              *format_points(points)]
-    with _named(options.save_points):
+    with about(options.save_points):
         file.write(('\n'.join(lines) + '\n').encode('utf-8', 'replace'))
 
 
@@ -1848,10 +1851,11 @@ def write_outputs(files, image, model, pedestal, options, thumbnails, starmap):
                for file, n_samples in zip(files, (image.n_samples, n_channels))]
 
     def finish(start, stop):
-        strips = [image.read(start, stop)]
+        with about(options.input):
+            strips = [image.read(start, stop)]
         background = model.evaluate(start, stop, width) if options.background or thumbnails else None
         shrunk = [shrink(strips[0][..., :n_channels], start, thumbnails[0].factor)] if thumbnails else []
-        with about(image.path):
+        with about(options.input):
             n_limited = correct_rows(strips[0], start, darkened, options.method, pedestal, options.dither)
         if thumbnails:
             shrunk += [shrink(rows[..., :n_channels], start, thumbnails[0].factor) for rows in (background, strips[0])]
@@ -1866,10 +1870,10 @@ def write_outputs(files, image, model, pedestal, options, thumbnails, starmap):
         for thumbnail, sums in zip(thumbnails, shrunk):
             thumbnail.add(*sums)
         for path, writer, data in zip((options.output, options.background), writers, encoded):
-            with _named(path):
+            with about(path):
                 writer.append(data)
     for path, writer in zip((options.output, options.background), writers):
-        with _named(path):
+        with about(path):
             writer.finish()
     return total
 
@@ -1924,15 +1928,6 @@ def report_model(points, levels, noise, model):
 def in_words(values):
     """Return the values of the channels as text."""
     return ', '.join(f'{value:.5g}' for value in values)
-
-
-@contextlib.contextmanager
-def about(name):
-    """Begin the message of an error with what it is about."""
-    try:
-        yield
-    except RmgradientError as error:
-        raise RmgradientError(f'{name}: {error}') from error
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------

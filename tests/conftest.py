@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -78,6 +79,7 @@ class Cli:
         assert len(lines) == 1
         assert lines[0].startswith('rmgradient: error: ')
         assert match in lines[0]
+        assert not re.search(r'(\S+: )\1', lines[0]), 'a file is named twice'
         assert status == 2 or len(self.stderr.splitlines()) == 1 + self.stderr.count('warning: ') + self.stderr.count(
             ': model: '), self.stderr
         assert 'Traceback' not in self.stderr

@@ -113,10 +113,10 @@ def test_others_are_predicted_as_if_left_out():
 
 
 @pytest.mark.parametrize(('picture', 'match'), [
-    (np.zeros((200, 300, 3), np.uint16), '0 places of empty sky are too few'),
-    (np.full((200, 300, 1), np.nan, np.float32), '0 places'),
-    (np.ones((40, 300, 3), np.uint16), '0 places'),
-    (np.random.default_rng(1).integers(0, 99, (110, 110, 1), np.uint16), 'places of empty sky are too few')])
+    (np.zeros((200, 300, 3), np.uint16), 'too few places of empty sky, 0'),
+    (np.full((200, 300, 1), np.nan, np.float32), 'too few places of empty sky, 0'),
+    (np.ones((40, 300, 3), np.uint16), 'too few places of empty sky, 0'),
+    (np.random.default_rng(1).integers(0, 99, (110, 110, 1), np.uint16), 'too few places of empty sky')])
 def test_too_few_places(picture, match):
     with pytest.raises(rg.RmgradientError, match=match):
         rg.choose_points(picture)

@@ -130,7 +130,7 @@ def test_points_from_option_file_and_standard_input_are_the_same(cli, monkeypatc
     ('30 30 40 400 50 50', 1, 'sky.tif: point (40, 400) is outside of the picture, 120 x 90 pixels'),
     ('30 30 -0 -90 50 50', 1, 'outside'),
     ('30 30 40 40 30 30', 1, 'point 3 repeats point 1, (30, 30)'),
-    ('30 30 40 40', 1, '2 points are too few'),
+    ('30 30 40 40', 1, 'too few points, 2; give at least three'),
 ])
 def test_bad_points(cli, points, status, match):
     cli.fails(status=status, match=match, points=['-p', *points.split()])

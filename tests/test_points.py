@@ -38,7 +38,7 @@ def test_words_that_are_not_pairs(text, match):
     ([], 'no points'),
     ([(-1, 2), (3, 4), (5, 6)], 'first point has a minus sign'),
     ([(-0.0, 2), (3, 4), (5, 6)], 'first point has a minus sign'),
-    ([(1, 2), (3, 4)], '2 points are too few'),
+    ([(1, 2), (3, 4)], 'too few points, 2; give at least three'),
     ([(1, 2), (3, 4), (1, 2), (5, 6)], r'point 3 repeats point 1, \(1, 2\)'),
     ([(1, 2), (3, 4), (5, 6), (-3, 4)], r'point 4 repeats point 2, \(3, 4\)'),
     ([(1, 2), (3, 4.5), (5, 6)], 'whole numbers'),
