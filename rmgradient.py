@@ -470,16 +470,18 @@ def plane_at(plane, centers):
     return plane[0] + centers @ plane[1:]
 
 
-def trend_basis(centers, trend):
-    """Return an orthonormal (n_points, n_terms) basis of a trend at the points.
+def trend_terms(places, centers, trend):
+    """Return the (n_places, n_terms) values of the terms of a trend, which are orthonormal over the centers.
 
-    Across points that all but lie on a line, nothing is known of the slope: the plane is level there.
+    Across centers that all but lie on a line, nothing is known of the slope: the plane is level there.
     """
-    constant = np.full((len(centers), 1), len(centers) ** -0.5)
+    constant = np.full((len(places), 1), len(centers) ** -0.5)
     if trend == 'mean':
         return constant
-    directions, lengths, _ = np.linalg.svd(centers - centers.mean(axis=0), full_matrices=False)
-    return np.hstack([constant, directions[:, lengths > 0.01 * lengths[0]]])
+    middle = centers.mean(axis=0)
+    _, lengths, directions = np.linalg.svd(centers - middle, full_matrices=False)
+    known = lengths > 0.01 * lengths[0]
+    return np.hstack([constant, (places - middle) @ directions[known].T / lengths[known]])
 
 
 def choose_model(centers, levels, leader):
@@ -522,7 +524,7 @@ def choose_model(centers, levels, leader):
     scale = levels.std(axis=0) + rounding + np.finfo(float).tiny
     best = None
     for trend in ('mean', 'plane'):
-        basis = trend_basis(centers, trend)
+        basis = trend_terms(centers, centers, trend)
         n_free = n_points - basis.shape[1]
         residuals = levels - basis @ (basis.T @ levels)
         residuals[:, np.abs(residuals).max(axis=0) <= rounding] = 0  # the trend says it all
@@ -837,7 +839,7 @@ def fit_floor(centers, levels, length):
     `choose_model` and a smoothness of each point.
     """
     kernel = multiquadric(distances_between(centers, centers), length / 2)
-    basis = trend_basis(centers, 'plane')
+    basis = trend_terms(centers, centers, 'plane')
     n_terms = basis.shape[1]
     floor = np.empty_like(levels)
     for c, level in enumerate(levels.T):
@@ -859,9 +861,7 @@ def predict_others(choice, centers, levels, accepted):
     The system of `choose_model` gives the prediction, and its variance as in kriging.
     """
     inside, outside = centers[accepted], centers[~accepted]
-    terms = np.ones((len(centers), 1))
-    if choice.trend == 'plane':
-        terms = np.hstack([terms, (centers - inside.mean(axis=0)) / np.ptp(inside)])
+    terms = trend_terms(centers, inside, choice.trend)
     n_terms = terms.shape[1]
 
     def kernel(a, b):

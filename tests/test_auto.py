@@ -112,6 +112,20 @@ def test_others_are_predicted_as_if_left_out():
         assert_allclose(predicted[1][0], spread[i], rtol=1e-6)
 
 
+@pytest.mark.parametrize('turned', [False, True])
+def test_places_on_a_line(turned):
+    """A picture so narrow that no slope across it can be known."""
+    y, x = np.mgrid[0:60, 0:2500]
+    sky = 1000 + 0.5 * x + np.random.default_rng(1).normal(0, 10, x.shape)
+    sky += 3000 * np.exp(-(((x - 1200) / 150) ** 2)) + 2000 * np.exp(-(((x - 200) / 90) ** 2))
+    sky = np.rint(sky).astype(np.uint16)[..., None]
+    points, n_places = rg.choose_points(sky.transpose(1, 0, 2) if turned else sky, 30)
+    assert (points.x if turned else points.y).tolist() == [24] * len(points.x)
+    along = points.y if turned else points.x
+    assert 10 < len(along) < n_places
+    assert (np.abs(along - 1200) > 150).all()
+
+
 @pytest.mark.parametrize(('picture', 'match'), [
     (np.zeros((200, 300, 3), np.uint16), 'too few places of empty sky, 0'),
     (np.full((200, 300, 1), np.nan, np.float32), 'too few places of empty sky, 0'),
