@@ -65,6 +65,7 @@ logger = logging.getLogger('rmgradient')
 
 SIGMA = 8.0  # pixels; wide enough to average the noise, narrow enough to fit between stars
 ROWS = 100  # rows read, corrected and written together
+BLOCK = 2**17  # float64 values at a time, 1 MB: with fewer, threads wait for the interpreter; more leave the cache
 SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the distance between points
 SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
 N_WORKERS = min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 16)
@@ -113,6 +114,11 @@ class Points(NamedTuple):
     def on_isoline(self):
         """(n_points,) bool ndarray: True where the level is that of another point."""
         return self.leader != np.arange(len(self.leader))
+
+    @property
+    def centers(self):
+        """(n_points, 2) float64 ndarray: the places x, y."""
+        return np.stack([self.x, self.y], axis=1).astype(float)
 
 
 def parse_coordinates(words):
@@ -263,7 +269,31 @@ def row_groups(height, rows=ROWS):
     return [(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
-# ---- Model ----------------------------------------------------------------------------------------------------------
+# ---- Choice of the model --------------------------------------------------------------------------------------------
+
+def distances_between(a, b):
+    """Return the (n_a, n_b) distances between (n_a, 2) and (n_b, 2) places."""
+    return np.hypot(*(a[:, None] - b).transpose(2, 0, 1))
+
+
+def multiquadric(distances, epsilon):
+    """Return the multiquadric of distances, as scipy's Rbf has it."""
+    return np.sqrt((distances / epsilon) ** 2 + 1)
+
+
+def trend_terms(places, centers, trend):
+    """Return the (n_places, n_terms) values of the terms of a trend, which are orthonormal over the centers.
+
+    Across centers that all but lie on a line, nothing is known of the slope: the plane is level there.
+    """
+    constant = np.full((len(places), 1), len(centers) ** -0.5)
+    if trend == 'mean':
+        return constant
+    middle = centers.mean(axis=0)
+    _, lengths, directions = np.linalg.svd(centers - middle, full_matrices=False)
+    known = lengths > 0.01 * lengths[0]
+    return np.hstack([constant, (places - middle) @ directions[known].T / lengths[known]])
+
 
 class Choice(NamedTuple):
     """What the adaptive model chose, and how well it predicts each point from the others."""
@@ -271,11 +301,212 @@ class Choice(NamedTuple):
     trend: str  # 'mean' or 'plane'
     epsilon: float  # shape of the multiquadric, in pixels
     smooth: float  # scipy's smoothness
+    plane: np.ndarray | None  # (3, n_channels): coefficients 1, x and y of the trend; None after `leave_out`
     weights: np.ndarray  # (n_points, n_channels): of the multiquadric, data units
     precision: np.ndarray  # (n_points, n_points): inverse of -kernel + smooth at right angles to the trend
     leader: np.ndarray  # (n_points,): equal for points that share a level
-    errors: np.ndarray  # (n_points, n_channels): level minus prediction from the points with other levels, data units
+    errors: np.ndarray  # (n_points, n_channels): see `left_out_errors`
+    spread: np.ndarray
 
+
+def choose_model(centers, levels, leader):
+    """Choose trend, shape and smoothness of the model that fits levels best where there are none.
+
+    Parameters
+    ----------
+    centers : (n_points, 2) float64 ndarray
+    levels : (n_points, n_channels) float64 ndarray
+    leader : (n_points,) int ndarray
+        Equal for points that share one level.
+
+    Returns
+    -------
+    Choice
+        One for all channels, so that colors stay together.
+
+    Notes
+    -----
+    With trend P and kernel matrix A of the multiquadric, weights w and trend b solve `(A - smooth) w + P b = levels`
+    under `P' w = 0`: the trend takes all it can, and what is left to the multiquadric is a well-posed problem, since
+    -A is positive definite at right angles to P (Micchelli 1986, Constructive Approximation 2, 11). In the
+    eigenvectors V of -A there, with eigenvalues l and r = V' levels, every smoothness costs a few sums:
+    `w = -V (r / (l + smooth))`.
+
+    The same equations are those of kriging: a random field of covariance -A about the trend, seen through noise of
+    variance `smooth`. Shape and smoothness are those that make the levels most likely, whatever the trend is
+    (restricted maximum likelihood; Wahba 1990, Spline Models for Observational Data, section 4.8). With a dozen noisy
+    points this is a steadier judge than leave-one-out errors, which now and then praise a bold surface by luck.
+    Likelihoods of different trends don't compare, so the trend is chosen by leave-one-out errors (`left_out_errors`).
+    """
+    rounding = 1e-10 * np.abs(levels).max(axis=0)
+    scale = levels.std(axis=0) + rounding + np.finfo(float).tiny
+    choices = [_fit_trend(trend, centers, levels, leader, rounding) for trend in ('mean', 'plane')]
+    # Three places can't judge a plane: it goes through all of them, without an error, and is chosen.
+    return min(choices, key=lambda choice: ((choice.errors / scale) ** 2).mean())
+
+
+def _fit_trend(trend, centers, levels, leader, rounding):
+    """Return the likeliest Choice with a trend; residuals no larger than the rounding of their channel are none."""
+    basis = trend_terms(centers, centers, trend)
+    residuals = levels - basis @ (basis.T @ levels)
+    rough = (np.abs(residuals) > rounding).any(axis=0)
+    residuals[:, ~rough] = 0
+    distances = distances_between(centers, centers)
+    spacing = Rbf(*centers.T, np.zeros(len(centers))).epsilon  # scipy's default: the average distance between points
+    if rough.any():
+        epsilon, smooth, precision = _likeliest(distances, spacing, basis, residuals[:, rough])
+    else:  # the trend says it all
+        epsilon, smooth, precision = spacing, 1.0, np.eye(len(centers))
+    weights = -precision @ residuals
+    trend_levels = levels - (multiquadric(distances, epsilon) @ weights - smooth * weights)
+    middle, slope = centers.mean(axis=0), np.zeros((2, levels.shape[1]))
+    if trend == 'plane':
+        slope = np.linalg.pinv(centers - middle, rcond=0.01) @ trend_levels
+    plane = np.vstack([trend_levels.mean(axis=0) - middle @ slope, slope])
+    return Choice(trend, float(epsilon), float(smooth), plane, weights, precision, leader,
+                  *left_out_errors(weights, precision, leader))
+
+
+def _likeliest(distances, spacing, basis, residuals):
+    """Return the shape and smoothness that make the residuals most likely, and the precision that goes with them."""
+    # Above n_points / 3 the largest eigenvalue of A, n_points or more, is too close to smooth: A - smooth is singular.
+    smoothness = SMOOTHNESS[len(distances) / 3 >= SMOOTHNESS]
+    least = math.inf
+    for epsilon in SHAPES * spacing:
+        eigenvalues, vectors = _across_trend(multiquadric(distances, epsilon), basis)
+        variance = eigenvalues + smoothness[:, None]
+        misfit = (1 / variance) @ (vectors.T @ residuals) ** 2
+        unlikely = (np.log(variance).sum(axis=1) * residuals.shape[1] + len(eigenvalues) * np.log(misfit).sum(axis=1))
+        i = unlikely.argmin()
+        if unlikely[i] < least:
+            least, found = unlikely[i], (epsilon, smoothness[i], (vectors / variance[i]) @ vectors.T)
+    return found
+
+
+def _across_trend(kernel, basis):
+    """Return the n_points - n_terms eigenvalues and eigenvectors of -kernel at right angles to the trend."""
+    projected = kernel @ basis
+    inside = basis.T @ projected
+    matrix = projected @ basis.T
+    # The trend's own directions get an eigenvalue above all others, to be cut off.
+    bound = 2 * kernel.sum(axis=0).max() * np.eye(len(inside))
+    matrix = matrix + matrix.T - kernel - basis @ (inside - bound) @ basis.T
+    eigenvalues, vectors = np.linalg.eigh(matrix)
+    n_free = len(kernel) - len(inside)
+    return np.maximum(eigenvalues[:n_free], 0), vectors[:, :n_free]
+
+
+def left_out_errors(weights, precision, leader):
+    """Return level minus prediction from the points with other levels, at each point.
+
+    Parameters
+    ----------
+    weights, precision, leader : ndarrays
+        See `Choice`. Points with the same leader are left out together.
+
+    Returns
+    -------
+    errors, spread : (n_points, n_channels) ndarrays
+        In data units, and in units of the standard deviation that the model expects, up to a common factor.
+
+    Notes
+    -----
+    With precision G, the errors of points i left out together are `-G_ii^-1 w_i`: no model needs to be fitted anew
+    (Rippa 1999, Advances in Computational Mathematics 11, 193, for single points).
+    """
+    # A point without which the others do not determine the trend can't be judged, and gets no error.
+    diagonal = np.diag(precision)
+    judged = diagonal > 1e-12 * diagonal.max()
+    variance = np.where(judged, 1 / np.where(judged, diagonal, 1), 0)[:, None]
+    errors = -variance * weights
+    for first, n_points in zip(*np.unique(leader, return_counts=True)):
+        if n_points > 1:
+            left_out = np.flatnonzero(leader == first)
+            covariance = np.linalg.pinv(precision[np.ix_(left_out, left_out)], hermitian=True)
+            errors[left_out] = -covariance @ weights[left_out]
+            variance[left_out, 0] = np.diag(covariance)
+    return errors, errors / np.sqrt(np.where(variance > 0, variance, 1))
+
+
+def leave_out(choice, out):
+    """Return a Choice without some points, (n_points,) bool: the same trend, shape and smoothness, fitted to the rest.
+
+    By Schur's complement, which costs less than to solve the equations anew.
+    """
+    across = choice.precision[np.ix_(~out, out)]
+    share = across @ np.linalg.pinv(choice.precision[np.ix_(out, out)], hermitian=True)
+    rest = choice.weights[~out] - share @ choice.weights[out], choice.precision[np.ix_(~out, ~out)] - share @ across.T
+    return Choice(*choice[:3], None, *rest, choice.leader[~out], *left_out_errors(*rest, choice.leader[~out]))
+
+
+def find_misfits(points, levels, noise, choice):
+    """Find points whose level stands out from what the others predict.
+
+    Parameters
+    ----------
+    points : Points
+    levels, noise : (n_points, n_channels) ndarrays
+        Levels and their standard errors, in data units.
+    choice : Choice
+        Of the model through all of these points.
+
+    Returns
+    -------
+    list of (int, float)
+        Index of the point and its error in the channel that stands out most, in data units, positive if too bright;
+        the worst first.
+
+    Notes
+    -----
+    A bad point spoils the prediction of its neighbors and the choice of the model. So when the worst are found, the
+    model is chosen anew without them, and the others are judged by that, until none stands out.
+    """
+    left, misfits = np.arange(len(levels)), []
+    while found := _find_worst(choice, points.centers[left], noise[left]):
+        misfits += [(left[i], error) for i, error in found]
+        left = left[~np.isin(points.leader[left], points.leader[[i for i, _ in misfits]])]
+        if len(left) < 4:
+            break
+        choice = choose_model(points.centers[left], levels[left], points.leader[left])
+    return misfits
+
+
+@np.errstate(over='ignore')  # beside errors of zero, others are infinitely large
+def _find_worst(choice, centers, noise):
+    """Return index and error of the points that stand out most, at least half as far as the worst.
+
+    An error stands out if it is more than `MISFIT` times the typical one, the same of its eight nearest neighbors, and
+    the typical noise. The neighbors are asked because where a glow is steep all points are hard to predict.
+    """
+    noise = np.median(noise, axis=0)
+    left, found, acquitted, least = np.arange(len(centers)), [], [], MISFIT
+    while len(left) > 3:
+        height = np.where(np.abs(choice.errors) > MISFIT * noise, np.abs(choice.spread) / robust_std(choice.spread), 0)
+        height[np.isin(left, acquitted)] = 0
+        worst, channel = np.unravel_index(height.argmax(), height.shape)
+        if height[worst, channel] <= least:
+            break
+        out = choice.leader == choice.leader[worst]
+        rest = leave_out(choice, out)
+        near = np.argsort(distances_between(centers[left[~out]], centers[left[[worst]]])[:, 0])[:8]
+        if np.abs(choice.spread[worst, channel]) <= MISFIT * robust_std(rest.spread[near])[channel]:
+            acquitted.append(left[worst])
+            continue
+        least = max(least, height[worst, channel] / 2)
+        found.append((left[worst], choice.errors[worst, channel]))
+        choice, left = rest, left[~out]
+    return found
+
+
+def robust_std(errors):
+    """Return a standard deviation of each channel that a few large errors do not disturb.
+
+    1.4826 times the median of the absolute values, which is the standard deviation if they are normal.
+    """
+    return 1.4826 * np.median(np.abs(errors), axis=0) + np.finfo(float).tiny
+
+
+# ---- Model ----------------------------------------------------------------------------------------------------------
 
 class BackgroundModel:
     """A fitted background: a plane plus a multiquadric for each channel.
@@ -365,10 +596,6 @@ class BackgroundModel:
         return values + (constant + x[:, None] * along_x)[:, None] + y[:, None] * along_y
 
 
-# float64 values worked on together, 1 MB: with fewer, threads wait for the interpreter; more leave the cache
-BLOCK = 2**17
-
-
 @functools.lru_cache(maxsize=16)
 def chebyshev_panels(n_pixels, epsilon):
     """Place nodes from which a multiquadric is known at every pixel of a line, to rounding.
@@ -435,250 +662,22 @@ def fit_background(points, levels, smooth='auto'):
     RmgradientError
         If the smoothness makes the equations singular.
     """
-    centers = np.stack([points.x, points.y], axis=1).astype(float)
     if smooth == 'auto':
-        choice, plane = choose_model(centers, levels, points.leader)
-        options = {'epsilon': choice.epsilon, 'smooth': choice.smooth}
+        choice = choose_model(points.centers, levels, points.leader)
+        plane, options = choice.plane, {'epsilon': choice.epsilon, 'smooth': choice.smooth}
     else:
-        choice, plane = None, np.zeros((3, levels.shape[1]))
-        options = {'smooth': smooth}
-    residuals = levels - plane_at(plane, centers)
+        choice, plane, options = None, np.zeros((3, levels.shape[1])), {'smooth': smooth}
+    residuals = levels - (plane[0] + points.centers @ plane[1:])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # "ill-conditioned": judged below by what matters
         try:
-            rbf = Rbf(*centers.T, residuals, function='multiquadric', mode='N-D', **options)
+            rbf = Rbf(*points.centers.T, residuals, function='multiquadric', mode='N-D', **options)
             off = np.abs(rbf.A @ rbf.nodes - residuals).max()
         except np.linalg.LinAlgError:
             off = math.inf
     if not off <= 1e-6 * np.abs(levels).max():
         raise RmgradientError(f'--smooth {smooth} makes the equations of these points singular; choose another')
     return BackgroundModel(rbf, plane, choice)
-
-
-def distances_between(a, b):
-    """Return the (n_a, n_b) distances between (n_a, 2) and (n_b, 2) places."""
-    return np.hypot(*(a[:, None] - b).transpose(2, 0, 1))
-
-
-def multiquadric(distances, epsilon):
-    """Return the multiquadric of distances, as scipy's Rbf has it."""
-    return np.sqrt((distances / epsilon) ** 2 + 1)
-
-
-def plane_at(plane, centers):
-    """Return the (n_points, n_channels) values of a plane at (n_points, 2) places."""
-    return plane[0] + centers @ plane[1:]
-
-
-def trend_terms(places, centers, trend):
-    """Return the (n_places, n_terms) values of the terms of a trend, which are orthonormal over the centers.
-
-    Across centers that all but lie on a line, nothing is known of the slope: the plane is level there.
-    """
-    constant = np.full((len(places), 1), len(centers) ** -0.5)
-    if trend == 'mean':
-        return constant
-    middle = centers.mean(axis=0)
-    _, lengths, directions = np.linalg.svd(centers - middle, full_matrices=False)
-    known = lengths > 0.01 * lengths[0]
-    return np.hstack([constant, (places - middle) @ directions[known].T / lengths[known]])
-
-
-def choose_model(centers, levels, leader):
-    """Choose trend, shape and smoothness of the model that fits levels best where there are none.
-
-    Parameters
-    ----------
-    centers : (n_points, 2) float64 ndarray
-    levels : (n_points, n_channels) float64 ndarray
-    leader : (n_points,) int ndarray
-        Equal for points that share one level.
-
-    Returns
-    -------
-    choice : Choice
-        One for all channels, so that colors stay together.
-    plane : (3, n_channels) ndarray
-        Coefficients of the trend: 1, x, y.
-
-    Notes
-    -----
-    With trend P and kernel matrix A of the multiquadric, weights w and trend b solve `(A - smooth) w + P b = levels`
-    under `P' w = 0`: the trend takes all it can, and what is left to the multiquadric is a well-posed problem, since
-    -A is positive definite at right angles to P (Micchelli 1986, Constructive Approximation 2, 11). In the
-    eigenvectors V of -A there, with eigenvalues l and r = V' levels, every smoothness costs a few sums:
-    `w = -V (r / (l + smooth))`.
-
-    The same equations are those of kriging: a random field of covariance -A about the trend, seen through noise of
-    variance `smooth`. Shape and smoothness are those that make the levels most likely, whatever the trend is
-    (restricted maximum likelihood; Wahba 1990, Spline Models for Observational Data, section 4.8). With a dozen noisy
-    points this is a steadier judge than leave-one-out errors, which now and then praise a bold surface by luck.
-    Likelihoods of different trends don't compare, so the trend is chosen by leave-one-out errors (`left_out_errors`).
-    """
-    n_points = len(centers)
-    distances = distances_between(centers, centers)
-    spacing = Rbf(*centers.T, np.zeros(n_points)).epsilon  # scipy's default: the average distance between points
-    # Above n_points / 3 the largest eigenvalue of A, n_points or more, is too close to smooth: A - smooth is singular.
-    smoothness = SMOOTHNESS[n_points / 3 >= SMOOTHNESS]
-    rounding = 1e-10 * np.abs(levels).max(axis=0)
-    scale = levels.std(axis=0) + rounding + np.finfo(float).tiny
-    best = None
-    for trend in ('mean', 'plane'):
-        basis = trend_terms(centers, centers, trend)
-        n_free = n_points - basis.shape[1]
-        residuals = levels - basis @ (basis.T @ levels)
-        residuals[:, np.abs(residuals).max(axis=0) <= rounding] = 0  # the trend says it all
-        rough = residuals.any(axis=0)
-        if n_free and rough.any():
-            likely = None
-            for epsilon in SHAPES * spacing:
-                kernel = multiquadric(distances, epsilon)
-                eigenvalues, vectors = across_trend(kernel, basis)
-                r = vectors.T @ residuals[:, rough]
-                for smooth in smoothness:
-                    variance = eigenvalues + smooth
-                    misfit = (r**2 / variance[:, None]).sum(axis=0)
-                    unlikely = np.log(variance).sum() * rough.sum() + n_free * np.log(misfit).sum()
-                    if likely is None or unlikely < likely[0]:
-                        likely = unlikely, epsilon, smooth, kernel, variance, vectors
-            _, epsilon, smooth, kernel, variance, vectors = likely
-            precision = (vectors / variance) @ vectors.T
-            weights = -precision @ residuals
-            trend_levels = levels - (kernel @ weights - smooth * weights)
-        else:
-            epsilon, smooth, trend_levels = spacing, smoothness[-1], levels
-            precision, weights = np.eye(n_points), np.zeros_like(levels)
-        errors, _ = left_out_errors(weights, precision, leader)
-        error = ((errors / scale) ** 2).mean()
-        # Three places can't judge a plane: it goes through all of them.
-        if best is None or error < best[0] or not n_free:
-            choice = Choice(trend, float(epsilon), float(smooth), weights, precision, leader, errors)
-            best = error, choice, basis, trend_levels
-    _, choice, basis, trend_levels = best
-    middle = centers.mean(axis=0)
-    slope = np.linalg.pinv(centers - middle, rcond=0.01) @ (basis @ (basis.T @ trend_levels))
-    if choice.trend == 'mean':
-        slope[:] = 0
-    return choice, np.vstack([trend_levels.mean(axis=0) - middle @ slope, slope])
-
-
-def across_trend(kernel, basis):
-    """Return the n_points - n_terms eigenvalues and eigenvectors of -kernel at right angles to the trend."""
-    projected = kernel @ basis
-    inside = basis.T @ projected
-    matrix = projected @ basis.T
-    # The trend's own directions get an eigenvalue above all others, to be cut off.
-    bound = 2 * kernel.sum(axis=0).max() * np.eye(len(inside))
-    matrix = matrix + matrix.T - kernel - basis @ (inside - bound) @ basis.T
-    eigenvalues, vectors = np.linalg.eigh(matrix)
-    n_free = len(kernel) - len(inside)
-    return np.maximum(eigenvalues[:n_free], 0), vectors[:, :n_free]
-
-
-def left_out_errors(weights, precision, leader):
-    """Return level minus prediction from the points with other levels, at each point.
-
-    Parameters
-    ----------
-    weights, precision, leader : ndarrays
-        See `Choice`. Points with the same leader are left out together.
-
-    Returns
-    -------
-    errors, spread : (n_points, n_channels) ndarrays
-        In data units, and in units of the standard deviation that the model expects, up to a common factor.
-
-    Notes
-    -----
-    With precision G, the errors of points i left out together are `-G_ii^-1 w_i`: no model needs to be fitted anew
-    (Rippa 1999, Advances in Computational Mathematics 11, 193, for single points).
-    """
-    # A point without which the others do not determine the trend can't be judged, and gets no error.
-    diagonal = np.diag(precision)
-    judged = diagonal > 1e-12 * diagonal.max()
-    variance = np.where(judged, 1 / np.where(judged, diagonal, 1), 0)[:, None]
-    errors = -variance * weights
-    for first, n_points in zip(*np.unique(leader, return_counts=True)):
-        if n_points > 1:
-            left_out = np.flatnonzero(leader == first)
-            covariance = np.linalg.pinv(precision[np.ix_(left_out, left_out)], hermitian=True)
-            errors[left_out] = -covariance @ weights[left_out]
-            variance[left_out, 0] = np.diag(covariance)
-    return errors, errors / np.sqrt(np.where(variance > 0, variance, 1))
-
-
-def find_misfits(points, levels, noise, choice):
-    """Find points whose level stands out from what the others predict.
-
-    Parameters
-    ----------
-    points : Points
-    levels, noise : (n_points, n_channels) ndarrays
-        Levels and their standard errors, in data units.
-    choice : Choice
-        Of the model through all of these points.
-
-    Returns
-    -------
-    list of (int, float)
-        Index of the point and its error in the channel that stands out most, in data units, positive if too bright;
-        the worst first.
-
-    Notes
-    -----
-    A bad point spoils the prediction of its neighbors and the choice of the model. So when the worst are found, the
-    model is chosen anew without them, and the others are judged by that, until none stands out.
-    """
-    centers = np.stack([points.x, points.y], axis=1).astype(float)
-    left, misfits = np.arange(len(centers)), []
-    while found := _find_worst(choice, centers[left], noise[left]):
-        misfits += [(left[i], error) for i, error in found]
-        same_level = np.isin(points.leader[left], [points.leader[i] for i, _ in misfits])
-        left = left[~same_level]
-        if len(left) < 4:
-            break
-        choice, _ = choose_model(centers[left], levels[left], points.leader[left])
-    return misfits
-
-
-def _find_worst(choice, centers, noise):
-    """Return index and error of the points that stand out most, at least half as far as the worst.
-
-    An error stands out if it is more than `MISFIT` times the typical one (1.4826 times the median of the absolute
-    values, which is the standard deviation of normal errors), the same of its eight nearest neighbors, and the typical
-    noise. The neighbors are asked because where a glow is steep all points are hard to predict.
-    """
-    noise = np.median(noise, axis=0)
-    weights, precision, leader = choice.weights, choice.precision, choice.leader
-    left, found, acquitted, least = np.arange(len(weights)), [], np.zeros(len(weights), bool), MISFIT
-    errors, spread = left_out_errors(weights, precision, leader)
-    while len(left) > 3:
-        typical = _typical(spread)
-        height = np.where(np.abs(errors) > MISFIT * noise, np.abs(spread) / typical, 0)
-        height[acquitted[left]] = 0
-        worst, channel = np.unravel_index(height.argmax(), height.shape)
-        if height[worst, channel] <= least:
-            break
-        out = leader == leader[worst]
-        # Schur's complement: the same equations without the points of this level.
-        share = precision[np.ix_(~out, out)] @ np.linalg.pinv(precision[np.ix_(out, out)], hermitian=True)
-        fewer_weights = weights[~out] - share @ weights[out]
-        fewer_precision = precision[np.ix_(~out, ~out)] - share @ precision[np.ix_(out, ~out)]
-        fewer_errors, fewer_spread = left_out_errors(fewer_weights, fewer_precision, leader[~out])
-        near = np.argsort(np.hypot(*(centers[left[~out]] - centers[left[worst]]).T))[:8]
-        if np.abs(spread[worst, channel]) <= MISFIT * _typical(fewer_spread[near])[channel]:
-            acquitted[left[worst]] = True
-            continue
-        least = max(least, height[worst, channel] / 2)
-        found.append((left[worst], errors[worst, channel]))
-        weights, precision, errors, spread = fewer_weights, fewer_precision, fewer_errors, fewer_spread
-        left, leader = left[~out], leader[~out]
-    return found
-
-
-def _typical(spread):
-    """Return a standard deviation of each channel that a few large values do not disturb."""
-    return 1.4826 * np.median(np.abs(spread), axis=0) + np.finfo(float).tiny
 
 
 def find_pedestal(model, height, width, rows=ROWS, starmap=itertools.starmap):
@@ -702,6 +701,7 @@ def find_pedestal(model, height, width, rows=ROWS, starmap=itertools.starmap):
 
 # ---- Automatic points -----------------------------------------------------------------------------------------------
 
+@np.errstate(over='ignore')  # beside errors of zero, others are infinitely large
 def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
     """Choose points of empty sky.
 
@@ -741,38 +741,44 @@ def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
     noise = np.median(noise, axis=0)
     centers = places.astype(float)
     above = levels - fit_floor(centers, levels, max(height, width))
-    below = np.array([np.median(-channel[channel <= 0]) for channel in above.T])
-    height_above = (above / np.maximum(1.4826 * below, noise).clip(np.finfo(float).tiny)).max(axis=1)
+    below = np.array([robust_std(channel[channel <= max(channel.min(), 0)]) for channel in above.T])
+    height_above = (above / np.maximum(below, noise)).max(axis=1)
     # Never too few to begin with: of few places, the surface may touch so many that the usual distance is none.
     accepted = height_above <= max(REJECT, np.quantile(height_above, max(0.15, LEAST_PLACES / len(places))))
     cell = max(height, width) / n
     from_border = np.minimum(places, [width, height] - places).min(axis=1)
     reach = np.where(from_border < 2 * cell, 8.0, 2.5)  # typical errors within which a place may join
-    beside, limit = None, REJECT
-    for _ in range(len(places)):
+
+    def fit():
         if accepted.sum() < LEAST_PLACES:
             raise RmgradientError(f'too few places of empty sky, {accepted.sum()}; give points with -p')
-        choice, _ = choose_model(centers[accepted], levels[accepted], np.arange(accepted.sum()))
-        errors, spread = left_out_errors(choice.weights, choice.precision, choice.leader)
-        typical = _typical(spread)
-        excess = np.where(errors > MISFIT * noise, spread / typical, 0).max(axis=1)
-        if beside is not None:
-            excess[~beside[accepted]] = 0
-        if excess.max() > limit:
-            accepted[np.flatnonzero(accepted)[excess > max(limit, 0.6 * excess.max())]] = False
-            continue
-        if beside is not None:
-            break
+        return choose_model(centers[accepted], levels[accepted], np.arange(accepted.sum()))
+
+    def reject(choice, limit, where):
+        """Reject the places that stand out most, of some, and tell whether there are any."""
+        excess = np.where(choice.errors > MISFIT * noise, choice.spread / robust_std(choice.spread), 0).max(axis=1)
+        excess[~where[accepted]] = 0
+        out = np.flatnonzero(accepted)[excess > max(limit, 0.6 * excess.max())]
+        accepted[out] = False
+        return len(out) > 0
+
+    def grow(choice):
+        """Accept the rejected places that the model predicts, and tell whether there are any."""
         errors, spread = predict_others(choice, centers, levels, accepted)
-        distance = np.where(np.abs(errors) > MISFIT * noise, np.abs(spread) / typical, 0).max(axis=1, initial=0)
-        joining = np.flatnonzero(~accepted)[distance < reach[~accepted]]
-        if len(joining):
-            reach[joining] = 0  # once only: it may be found to stand out later
-            accepted[joining] = True
-            continue
-        # Last, faint ends: beside what is rejected now inside of the frame, less is enough.
-        away = distances_between(centers, centers[~accepted]).min(axis=1, initial=np.inf)
-        beside, limit = (away < 2.5 * cell) & (from_border > cell), 2.5
+        distance = np.where(np.abs(errors) > MISFIT * noise, np.abs(spread) / robust_std(choice.spread), 0)
+        joining = np.flatnonzero(~accepted)[distance.max(axis=1, initial=0) < reach[~accepted]]
+        accepted[joining] = True
+        reach[joining] = 0  # once only: it may be found to stand out later
+        return len(joining) > 0
+
+    everywhere = np.ones(len(places), bool)
+    while reject(choice := fit(), REJECT, everywhere) or grow(choice):
+        pass
+    # Last, faint ends of nebulae: beside what is rejected inside of the frame, less is enough.
+    away = distances_between(centers, centers[~accepted]).min(axis=1, initial=np.inf)
+    beside = (away < 2.5 * cell) & (from_border > cell)
+    while reject(fit(), 2.5, beside):
+        pass
     return make_points(places[accepted]), len(places)
 
 
@@ -839,41 +845,36 @@ def fit_floor(centers, levels, length):
     `choose_model` and a smoothness of each point.
     """
     kernel = multiquadric(distances_between(centers, centers), length / 2)
-    basis = trend_terms(centers, centers, 'plane')
-    n_terms = basis.shape[1]
+    terms = trend_terms(centers, centers, 'plane')
     floor = np.empty_like(levels)
     for c, level in enumerate(levels.T):
-        above = np.zeros(len(level), bool)
+        above, known = np.zeros(len(level), bool), np.append(level, np.zeros(terms.shape[1]))
         for _ in range(40):
-            smooth = 0.01 * np.where(above, 500, 1)
-            system = np.block([[kernel - np.diag(smooth), basis], [basis.T, np.zeros((n_terms, n_terms))]])
-            solution = np.linalg.solve(system, np.append(level, np.zeros(n_terms)))
-            floor[:, c] = kernel @ solution[:len(level)] + basis @ solution[len(level):]
+            solution = np.linalg.solve(equations(kernel, 0.01 * np.where(above, 500, 1), terms), known)
+            floor[:, c] = np.hstack([kernel, terms]) @ solution
             if np.array_equal(level > floor[:, c], above):
                 break
             above = level > floor[:, c]
     return floor
 
 
+def equations(kernel, smooth, terms):
+    """Return the matrix of the equations of `choose_model`, with one smoothness or one for each point."""
+    return np.block([[kernel - smooth * np.eye(len(kernel)), terms], [terms.T, np.zeros((terms.shape[1],) * 2)]])
+
+
 def predict_others(choice, centers, levels, accepted):
     """Return level minus prediction, and that in the units of `left_out_errors`, of points that are not accepted.
 
-    The system of `choose_model` gives the prediction, and its variance as in kriging.
+    The equations of `choose_model` give the prediction, and its variance as in kriging.
     """
-    inside, outside = centers[accepted], centers[~accepted]
+    inside = centers[accepted]
+    kernel = multiquadric(distances_between(centers, inside), choice.epsilon)
     terms = trend_terms(centers, inside, choice.trend)
-    n_terms = terms.shape[1]
-
-    def kernel(a, b):
-        return multiquadric(distances_between(a, b), choice.epsilon)
-
-    system = np.block([[kernel(inside, inside) - choice.smooth * np.eye(len(inside)), terms[accepted]],
-                       [terms[accepted].T, np.zeros((n_terms, n_terms))]])
-    at = np.hstack([kernel(outside, inside), terms[~accepted]])
-    known = np.vstack([levels[accepted], np.zeros((n_terms, levels.shape[1]))])
-    solution = np.linalg.solve(system, np.hstack([known, at.T]))
-    errors = levels[~accepted] - at @ solution[:, :levels.shape[1]]
-    variance = choice.smooth - 1 + np.einsum('ij,ji->i', at, solution[:, levels.shape[1]:])
+    at = np.hstack([kernel, terms])[~accepted]
+    shares = np.linalg.solve(equations(kernel[accepted], choice.smooth, terms[accepted]), at.T)
+    errors = levels[~accepted] - shares[:len(inside)].T @ levels[accepted]
+    variance = choice.smooth - 1 + np.einsum('ij,ji->i', at, shares)
     return errors, errors / np.sqrt(np.maximum(variance, 1e-12))[:, None]
 
 
@@ -1711,13 +1712,13 @@ class Thumbnail:
 def stretch_midtones(pictures):
     """Return pictures in 0 ... 1, all stretched alike so that faint light shows.
 
-    The screen transfer function of astronomers: black 2.8 deviations (1.4826 times the median absolute one) below the
+    The screen transfer function of astronomers: black 2.8 deviations (see `robust_std`) below the
     median, and the midtones transfer function that takes the median to a quarter, for each channel.
     """
     values = np.concatenate([picture.reshape(-1, picture.shape[2]) for picture in pictures])
     values = values[np.isfinite(values).all(axis=1)]
     median = np.median(values, axis=0)
-    black = np.maximum(median - 2.8 * 1.4826 * np.median(np.abs(values - median), axis=0), values.min(axis=0))
+    black = np.maximum(median - 2.8 * robust_std(values - median), values.min(axis=0))
     scale = np.maximum(values.max(axis=0) - black, np.finfo(float).tiny)
     middle = np.clip((median - black) / scale, 1e-6, 0.999)
     midtones = 3 * middle / (2 * middle + 1)  # solves (m - 1) x / ((2 m - 1) x - m) = 1/4 for m at x = middle

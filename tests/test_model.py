@@ -247,8 +247,8 @@ def assert_evaluates(model, height, width, rows):
         some_y, some_x = rng.integers(start, stop, 40), rng.integers(0, width, 40)
         some_x[:2] = 0, width - 1
         some_y[:2] = start, stop - 1
-        direct = model.rbf(some_x.astype(float), some_y.astype(float)).reshape(40, -1) + rg.plane_at(
-            model.plane, np.stack([some_x, some_y], axis=1).astype(float))
+        direct = model.rbf(some_x.astype(float), some_y.astype(float)).reshape(40, -1)
+        direct += np.stack([np.ones(40), some_x, some_y], axis=1) @ model.plane
         assert (np.abs(background[some_y - start, some_x] - direct) <= 1e-9 * scale).all()
 
 
