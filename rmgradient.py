@@ -880,11 +880,6 @@ def predict_others(choice, centers, levels, accepted):
 
 # ---- Correction -----------------------------------------------------------------------------------------------------
 
-def white_of(dtype):
-    """Return the full-scale value of a dtype: the largest integer, or 1.0 for floats."""
-    return np.iinfo(dtype).max if np.dtype(dtype).kind in 'ui' else 1.0
-
-
 def correct(strip, shift, method='subtract', pedestal=None, dither=None):
     """Remove the background from a strip of the picture.
 
@@ -896,7 +891,7 @@ def correct(strip, shift, method='subtract', pedestal=None, dither=None):
         `BackgroundModel.darkened` gives.
     method : str
         - 'subtract': strip - shift;
-        - 'stretch': (strip - shift) * white / (white - shift), so that white stays white, see `white_of`;
+        - 'stretch': (strip - shift) * white / (white - shift): white, the largest integer or 1.0 for floats, stays;
         - 'divide': strip * pedestal / (shift + pedestal).
     pedestal : (n_channels,) ndarray, optional
         Lowest background of the frame, in data units, for 'divide'.
@@ -922,7 +917,7 @@ def correct(strip, shift, method='subtract', pedestal=None, dither=None):
         return to_dtype(strip - shift, strip.dtype)
     if method == 'divide':
         return to_dtype(strip * (pedestal / (shift + pedestal)), strip.dtype, dither)
-    white = white_of(strip.dtype)
+    white = np.iinfo(strip.dtype).max if strip.dtype.kind in 'ui' else 1.0
     if strip.dtype.kind == 'f' and (strip > white).any():
         raise RmgradientError('stretching takes 1.0 for white, but there are values up to '
                               f'{np.nanmax(strip):g}; divide the picture by that first')
@@ -953,19 +948,16 @@ def _subtract_integers(strip, shift):
     Rounding the shift instead of the difference allows exact integers of the strip's own size, which are several times
     faster than float64; it differs only where the difference is halfway between two integers.
     """
-    unsigned = np.dtype(f'u{strip.itemsize}')
+    unsigned, shift = np.dtype(f'u{strip.itemsize}'), np.rint(shift)
+    if shift.max() > _largest(unsigned):  # more than any difference
+        return to_dtype(strip - shift, strip.dtype)
+    shift = shift.astype(unsigned)
     if is_signed := strip.dtype != unsigned:  # counted from the lowest value
         lowest = np.array(np.iinfo(strip.dtype).min, strip.dtype).view(unsigned)
         offset = strip.view(unsigned) ^ lowest
     else:
         offset = strip
-    shift, n_beyond = np.rint(shift), 0
-    if shift.max() > _largest(unsigned):
-        beyond = shift > _largest(unsigned)
-        n_beyond = np.count_nonzero(beyond & (offset == np.iinfo(unsigned).max))  # the others are counted below
-        shift[beyond] = _largest(unsigned)
-    shift = shift.astype(unsigned)
-    n_limited = np.count_nonzero(offset < shift) + n_beyond
+    n_limited = np.count_nonzero(offset < shift)
     difference = np.maximum(offset, shift)
     difference -= shift
     if is_signed:
@@ -1024,61 +1016,6 @@ def check_divisor(model, pedestal, height, width, rows=ROWS):
     raise RmgradientError(f'the background is {lowest:g} at {place}; to divide by it, it must be positive everywhere')
 
 
-def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', method='subtract', dither=False, rows=ROWS,
-                    return_model=False):
-    """Remove the background gradient from an array, as the command does from a file.
-
-    Parameters
-    ----------
-    image : (height, width) or (height, width, n_channels) array_like
-        Integers or floats. All channels are taken for colors: leave alpha out.
-    points : Points or (n_points, 2) array_like
-        See `make_points`.
-    sigma : float
-        Blur at the points, in pixels, see `measure_levels`.
-    smooth : 'auto' or float
-        See `fit_background`.
-    method : str
-        'subtract', 'stretch' or 'divide', see `correct`.
-    dither : bool
-        See `correct_rows`.
-    rows : int
-        Rows worked on together. Beside the result, memory is that of a few such groups in float64.
-    return_model : bool
-        Whether to return the model, too.
-
-    Returns
-    -------
-    corrected : ndarray
-        Of the shape and dtype of the image.
-    model : BackgroundModel
-        If asked for; `model.evaluate(0, height, width)` is the background.
-
-    Raises
-    ------
-    RmgradientError
-        If image, points and options don't go together; the message says why.
-    """
-    image = np.asarray(image)
-    if image.dtype.kind not in 'uif' or image.ndim not in (2, 3) or not image.size:
-        raise RmgradientError(f'an array of {image.dtype} of shape {image.shape} is no picture')
-    if method not in ('subtract', 'stretch', 'divide'):
-        raise RmgradientError(f"method {method!r} is none of 'subtract', 'stretch' and 'divide'")
-    corrected = np.array(image, image.dtype.newbyteorder('=')).reshape(*image.shape[:2], -1)
-    height, width, _ = corrected.shape
-    points = points if isinstance(points, Points) else make_points(points)
-    levels, _ = measure_levels(corrected, points, sigma)
-    model = fit_background(points, levels, smooth)
-    pedestal = find_pedestal(model, height, width, rows)
-    if method == 'divide':
-        check_divisor(model, pedestal, height, width, rows)
-    darkened = model.darkened(pedestal)
-    for start, stop in row_groups(height, rows):
-        correct_rows(corrected[start:stop], start, darkened, method, pedestal, dither)
-    corrected = corrected.reshape(image.shape)
-    return (corrected, model) if return_model else corrected
-
-
 # ---- TIFF input -----------------------------------------------------------------------------------------------------
 
 class Tag(NamedTuple):
@@ -1090,6 +1027,7 @@ class Tag(NamedTuple):
     value: bytes | list
 
 
+NUMBERS = {1: 'B', 3: 'H', 4: 'I', 13: 'I', 16: 'Q', 18: 'Q'}  # types of unsigned integers
 TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 LONG, LONG8, IFD8 = 4, 16, 18
 EXIF, GPS, INTEROPERABILITY, ICC, XMP = 34665, 34853, 40965, 34675, 700
@@ -1167,12 +1105,11 @@ class TiffImage:
         entries, next_directory = self._read_directory(offset)
         structure = {code: self._numbers(type_, count, offset) for code, type_, count, offset in entries
                      if code in STRUCTURE_TAGS and type_ in (1, 3, 4, 16) and count < 2**16}
-        for flaw in find_flaws_of_structure(structure):
-            raise RmgradientError(flaw)
+        check_structure(structure)
         self._file.seek(0)
         self._page = page = tifffile.TiffFile(self._file).pages.first
-        for flaw in find_flaws(page, os.fstat(self._file.fileno()).st_size):
-            raise RmgradientError(flaw)
+        check_page(page)
+        check_segments(page, os.fstat(self._file.fileno()).st_size)
         self.photometric = int(page.photometric)
         self.extra_samples = [int(kind) for kind in page.extrasamples]
         self.n_samples = page.samplesperpixel
@@ -1271,8 +1208,7 @@ class TiffImage:
 
     def _read_directory(self, offset):
         """Return (code, type, count, offset of the value) of all entries, and the offset of the next directory."""
-        head, entry, pointer = ('Q', 'HHQ8s', 'Q') if self.bigtiff else ('H', 'HHI4s', 'I')
-        head, entry, pointer = (struct.Struct(self.byteorder + code) for code in (head, entry, pointer))
+        head, entry, pointer = directory_structs(self.byteorder, self.bigtiff)
         n_entries, = head.unpack(self._read_bytes(offset, head.size))
         if n_entries > 4096:  # as tifffile has it: no program writes so many
             raise ValueError(f'a directory of {n_entries} tags')
@@ -1287,8 +1223,8 @@ class TiffImage:
         return entries, pointer.unpack_from(data, n_entries * entry.size)[0]
 
     def _numbers(self, type_, count, offset):
-        kind = {1: 'B', 3: 'H', 4: 'I', 13: 'I', 16: 'Q', 18: 'Q'}[type_]
-        return struct.unpack(f'{self.byteorder}{count}{kind}', self._read_bytes(offset, count * TYPE_SIZES[type_]))
+        data = self._read_bytes(offset, count * TYPE_SIZES[type_])
+        return struct.unpack(f'{self.byteorder}{count}{NUMBERS[type_]}', data)
 
     def _read_tags(self, entries, skip=STRUCTURE_TAGS | STALE_TAGS):
         """Return the tags worth keeping, byte for byte, sub-directories included."""
@@ -1330,83 +1266,87 @@ class TiffImage:
         return n_pictures
 
 
+def directory_structs(byteorder, bigtiff):
+    """Return the structs of a directory: number of entries, an entry with its value or a pointer to it, a pointer."""
+    return [struct.Struct(byteorder + code) for code in (('Q', 'HHQ8s', 'Q') if bigtiff else ('H', 'HHI4s', 'I'))]
+
+
 def invert(rows):
     """Turn a picture whose zero is white into one whose zero is black, and back."""
     return 1 - rows if rows.dtype.kind == 'f' else ~rows
 
 
-def find_flaws_of_structure(structure):
-    """Yield what is wrong with {code: values} of structure that tifffile would guess, correct or stumble over."""
+def check_structure(structure):
+    """Refuse {code: values} of structure that tifffile would guess, correct or stumble over."""
     for code, name in ((256, 'width'), (257, 'height'), (262, 'kind of colors')):
         if code not in structure:
-            yield f'damaged: no {name} given'
+            raise RmgradientError(f'damaged: no {name} given')
     if structure.get(254, (0,))[0] & 1 or structure.get(255) == (2,):
-        yield 'the first page is a thumbnail; save the picture alone'
+        raise RmgradientError('the first page is a thumbnail; save the picture alone')
     if any(len(set(structure.get(code, ()))) > 1 for code in (258, 339)):
-        yield 'channels have different types'
-    if structure.get(278) == (0,):
-        yield 'damaged: strips or tiles of no rows'
+        raise RmgradientError('channels have different types')
+    if any(0 in structure.get(code, ()) for code in (278, 322, 323)):
+        raise RmgradientError('damaged: strips or tiles without pixels')
 
 
-def find_flaws(page, file_size):
-    """Yield what keeps a tifffile.TiffPage in a file of some bytes from being processed, most telling first."""
+def check_page(page):
+    """Refuse a tifffile.TiffPage whose pixels are not of a kind that is processed, for the most telling reason."""
+    colors, dtype, bits = 3 if page.photometric == 2 else 1, page.dtype, page.bitspersample
     if page.photometric not in (0, 1, 2):
         kind = NAMES_OF_COLORS.get(int(page.photometric), f'of unknown kind {int(page.photometric)}')
-        yield f'colors are {kind}; convert the picture to gray or RGB'
+        raise RmgradientError(f'colors are {kind}; convert the picture to gray or RGB')
     if page.imagewidth < 1 or page.imagelength < 1:
-        yield f'damaged: {page.imagewidth} x {page.imagelength} pixels'
+        raise RmgradientError(f'damaged: {page.imagewidth} x {page.imagelength} pixels')
     if page.imagedepth != 1 or page.is_tiled and page.tiledepth != 1:
-        yield 'a volume; save a flat picture'
+        raise RmgradientError('a volume; save a flat picture')
     if page.sampleformat not in (1, 2, 3):
         kind = 'complex numbers' if page.sampleformat in (5, 6) else f'of unknown format {int(page.sampleformat)}'
-        yield f'pixels are {kind}'
-    bits = page.bitspersample
-    if page.dtype is None or page.dtype.kind not in 'uif' or page.dtype.itemsize * 8 != bits:
+        raise RmgradientError(f'pixels are {kind}')
+    if dtype is None or dtype.kind not in 'uif' or dtype.itemsize * 8 != bits:
         kind = 'floating point numbers' if page.sampleformat == 3 else 'integers'
-        yield f'pixels are {kind} of {bits} bits; convert the picture to 8, 16 or 32 bits'
-    colors = 3 if page.photometric == 2 else 1
+        raise RmgradientError(f'pixels are {kind} of {bits} bits; convert the picture to 8, 16 or 32 bits')
     if page.samplesperpixel < colors:
-        yield f'damaged: {page.samplesperpixel} channels instead of {colors}'
+        raise RmgradientError(f'damaged: {page.samplesperpixel} channels instead of {colors}')
     if 1 in page.extrasamples:
-        yield 'colors are multiplied by alpha; save without transparency or with unassociated alpha'
+        raise RmgradientError('colors are multiplied by alpha; save without transparency or with unassociated alpha')
     if len(page.extrasamples) not in (0, page.samplesperpixel - colors):
-        yield f'damaged: {len(page.extrasamples)} extra samples beside {colors} of {page.samplesperpixel} channels'
+        raise RmgradientError(f'damaged: {len(page.extrasamples)} extra samples beside {colors} of '
+                              f'{page.samplesperpixel} channels')
     if page.planarconfig not in (1, 2):
-        yield f'damaged: planar configuration {page.planarconfig}'
+        raise RmgradientError(f'damaged: planar configuration {page.planarconfig}')
     if page.compression not in COMPRESSIONS:
         name = NAMES_OF_COMPRESSIONS.get(int(page.compression), f'of unknown kind {int(page.compression)}')
-        yield f'compression is {name}; save with LZW, deflate or without compression'
-    if page.predictor not in (1, 2, 3) or page.predictor == 3 and page.dtype.kind != 'f':
-        yield f'damaged: predictor {int(page.predictor)} for {page.dtype}'
+        raise RmgradientError(f'compression is {name}; save with LZW, deflate or without compression')
+    if page.predictor not in (1, 2, 3) or page.predictor == 3 and dtype.kind != 'f':
+        raise RmgradientError(f'damaged: predictor {int(page.predictor)} for {dtype}')
     if page.predictor != 1 and page.compression in (1, 32773):
-        yield 'a predictor without a compression that has one: programs disagree what it means; save it anew'
-    if page.is_tiled and not (page.tilewidth > 0 < page.tilelength):
-        yield 'damaged: strips or tiles of no rows'
-        return
-    yield from find_segment_flaws(page, file_size)
+        raise RmgradientError('a predictor without a compression that has one: programs disagree what it means; '
+                              'save it anew')
 
 
-def find_segment_flaws(page, file_size):
-    """Yield what is wrong with the places of strips or tiles; tifffile would read what is missing as zeros."""
+def check_segments(page, file_size):
+    """Refuse a tifffile.TiffPage without all of its strips or tiles; tifffile would read what is missing as zeros."""
     height, width = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
     planes = page.samplesperpixel if page.planarconfig == 2 else 1
     across, down = -(-page.imagewidth // width), -(-page.imagelength // height)
     offsets, sizes = page.dataoffsets, page.databytecounts
     if not len(offsets) == len(sizes) == across * down * planes:
-        yield f'damaged: {len(offsets)} offsets and {len(sizes)} sizes for {across * down * planes} segments'
-        return
+        raise RmgradientError(f'damaged: {len(offsets)} offsets and {len(sizes)} sizes for '
+                              f'{across * down * planes} segments')
     row = width * page.samplesperpixel // planes * page.dtype.itemsize
     ratio = COMPRESSIONS[int(page.compression)]
     for i, (offset, size) in enumerate(zip(offsets, sizes)):
         n_rows = height if page.is_tiled else min(height, page.imagelength - i % down * height)
         if size == 0 or offset == 0:
-            yield f'damaged: segment {i} of {len(sizes)} is missing'
+            raise RmgradientError(f'damaged: segment {i} of {len(sizes)} is missing')
         if offset + size > file_size:
-            yield f'damaged: segment {i} of {len(sizes)} ends at byte {offset + size} of a file of {file_size}'
+            raise RmgradientError(f'damaged: segment {i} of {len(sizes)} ends at byte {offset + size} '
+                                  f'of a file of {file_size}')
         if n_rows * row > size * ratio:
-            yield f'damaged: segment {i} of {len(sizes)} has {size} bytes, too few for {n_rows} rows of {row} bytes'
+            raise RmgradientError(f'damaged: segment {i} of {len(sizes)} has {size} bytes, '
+                                  f'too few for {n_rows} rows of {row} bytes')
     if sum(sizes) > file_size:
-        yield f'damaged: segments of {sum(sizes)} bytes overlap in a file of {file_size}'
+        raise RmgradientError(f'damaged: segments of {sum(sizes)} bytes overlap in a file of {file_size}')
 
 
 # ---- TIFF output ----------------------------------------------------------------------------------------------------
@@ -1474,7 +1414,7 @@ class TiffStrips:
         image, n_samples = self._image, self._n_samples
         order, offset = image.byteorder, self._file.tell()
         numbers = lambda code, type_, values: Tag(code, type_, len(values), struct.pack(
-            f'{order}{len(values)}{ {3: "H", LONG: "I", LONG8: "Q"}[type_] }', *values))
+            f'{order}{len(values)}{NUMBERS[type_]}', *values))
         place = LONG8 if self.bigtiff else LONG
         height, width, n_channels = image.shape
         bits = image.dtype.itemsize * 8
@@ -1502,17 +1442,16 @@ class TiffStrips:
 
 def pack_directory(tags, offset, byteorder, bigtiff):
     """Return the bytes of a directory at `offset`, which is even, with the values and sub-directories behind it."""
-    head, entry, pointer = ('Q', 'HHQ', 'Q') if bigtiff else ('H', 'HHI', 'I')
-    head, entry, pointer = (struct.Struct(byteorder + code) for code in (head, entry, pointer))
+    head, entry, pointer = directory_structs(byteorder, bigtiff)
     entries, values = b'', b''
-    behind = offset + head.size + len(tags) * (entry.size + pointer.size) + pointer.size
+    behind = offset + head.size + len(tags) * entry.size + pointer.size
     for code, type_, count, value in sorted(tags, key=lambda tag: tag.code):
         if isinstance(value, list):
             value, type_ = pack_directory(value, behind + len(values), byteorder, bigtiff), IFD8 if bigtiff else LONG
         elif len(value) <= pointer.size:
-            entries += entry.pack(code, type_, count) + value.ljust(pointer.size, b'\0')
+            entries += entry.pack(code, type_, count, value)
             continue
-        entries += entry.pack(code, type_, count) + pointer.pack(behind + len(values))
+        entries += entry.pack(code, type_, count, pointer.pack(behind + len(values)))
         values += value + bytes(len(value) % 2)
     return head.pack(len(tags)) + entries + pointer.pack(0) + values
 
@@ -1531,28 +1470,28 @@ def check_paths(inputs, outputs, overwrite):
     """
     places = {}
     for path in outputs:
-        folder = os.path.dirname(os.path.realpath(path))
-        if not os.path.isdir(folder):
-            raise RmgradientError(f'{path}: there is no folder {folder}')
-        if os.path.isdir(path):
-            raise RmgradientError(f'{path}: is a folder; name a file')
-        if is_device(path):
-            continue
-        for source in inputs:
-            if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
-                raise RmgradientError(f'{path}: is the input {source}; choose another name for the output')
-        place = os.path.normcase(os.path.realpath(path))
-        place = (os.stat(path).st_dev, os.stat(path).st_ino) if os.path.exists(path) else place
-        if place in places:
-            raise RmgradientError(f'{path}: is the same file as {places[place]}; choose another name')
-        places[place] = path
-        if os.path.exists(path):
-            if not overwrite:
-                raise RmgradientError(f'{path}: exists; choose another name or use --overwrite')
-            if not os.path.isfile(path):
-                raise RmgradientError(f'{path}: is not a regular file')
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise RmgradientError(f'{path}: no permission to write in the folder {folder}')
+        with about(path):
+            real, exists = os.path.realpath(path), os.path.exists(path)
+            folder = os.path.dirname(real)
+            if not os.path.isdir(folder):
+                raise RmgradientError(f'there is no folder {folder}')
+            if os.path.isdir(path):
+                raise RmgradientError('is a folder; name a file')
+            if is_device(path):
+                continue
+            for source in inputs:
+                if exists and os.path.exists(source) and os.path.samefile(path, source):
+                    raise RmgradientError(f'is the input {source}; choose another name for the output')
+            place = (os.stat(path).st_dev, os.stat(path).st_ino) if exists else os.path.normcase(real)
+            if place in places:
+                raise RmgradientError(f'is the same file as {places[place]}; choose another name')
+            places[place] = path
+            if exists and not overwrite:
+                raise RmgradientError('exists; choose another name or use --overwrite')
+            if exists and not os.path.isfile(path):
+                raise RmgradientError('is not a regular file')
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise RmgradientError(f'no permission to write in the folder {folder}')
 
 
 def is_device(path):
@@ -1561,44 +1500,42 @@ def is_device(path):
 
 
 @contextlib.contextmanager
-def whole_files(paths, overwrite):
+def whole_files(outputs, overwrite):
     """Give files to write that all appear under their names when the block ends well, or none of them.
 
     Parameters
     ----------
-    paths : list of str
-        Checked by `check_paths`. A symbolic link stays, and the file that it points to is written.
+    outputs : dict of str
+        Paths, checked by `check_paths`. A symbolic link stays, and the file that it points to is written.
     overwrite : bool
         Whether files may be replaced. If not, a file that appears meanwhile is left alone, and is an error.
 
     Yields
     ------
-    list of binary files
+    dict of binary files
+        With the keys of the outputs.
 
     Notes
     -----
     Each file is written under a random name in the folder of its path, synchronized, and linked or renamed to the path.
     """
-    paths = [os.path.realpath(path) for path in paths]
     with contextlib.ExitStack() as stack:
-        files, temporary = [], {}
-        for path in paths:
-            if is_device(path):
-                name, flags = path, os.O_RDWR
-            else:
+        files, temporary = {}, {}
+        for key, path in outputs.items():
+            name, flags = path, os.O_RDWR | getattr(os, 'O_BINARY', 0)
+            if not is_device(path):
                 name = temporary[path] = _beside(path)
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+                flags |= os.O_CREAT | os.O_EXCL
                 stack.callback(_remove, name)
             with about(path):
-                descriptor = os.open(name, flags | getattr(os, 'O_BINARY', 0), 0o666)
-                files.append(stack.enter_context(_closing(os.fdopen(descriptor, 'w+b'))))
+                files[key] = stack.enter_context(_closing(os.fdopen(os.open(name, flags, 0o666), 'w+b')))
         yield files
-        for path, file in zip(paths, files):
+        for key, path in outputs.items():
             with about(path):
-                file.flush()
+                files[key].flush()
                 if path in temporary:
-                    os.fsync(file.fileno())
-                file.close()
+                    os.fsync(files[key].fileno())
+                files[key].close()
         with _signals_ignored():
             _publish(temporary, overwrite)
 
@@ -1607,17 +1544,18 @@ def _publish(temporary, overwrite):
     """Give files their names, {path: temporary name}; on failure take the names back, and restore what was there."""
     with contextlib.ExitStack() as cleanup, contextlib.ExitStack() as undo:
         for path, name in temporary.items():
+            real = os.path.realpath(path)
             with about(path):
-                if overwrite and os.path.exists(path):
+                if overwrite and os.path.exists(real):
                     old = _beside(path)
                     cleanup.callback(_remove, old)
-                    _name_anew(path, old)
-                    undo.callback(os.replace, old, path)
-                    os.replace(name, path)
+                    _name_anew(real, old)
+                    undo.callback(os.replace, old, real)
+                    os.replace(name, real)
                 else:
-                    _name_anew(name, path)
-                    undo.callback(_remove, path)
-        for folder in {os.path.dirname(path) for path in temporary}:
+                    _name_anew(name, real)
+                    undo.callback(_remove, real)
+        for folder in {os.path.dirname(name) for name in temporary.values()}:
             with about(folder):
                 _sync_folder(folder)
         undo.pop_all()
@@ -1625,7 +1563,7 @@ def _publish(temporary, overwrite):
 
 def _beside(path):
     """Return a name for a temporary file in the folder of a path, short enough for every file system."""
-    return os.path.join(os.path.dirname(path), f'.rmgradient-{os.urandom(8).hex()}')
+    return os.path.join(os.path.dirname(os.path.realpath(path)), f'.rmgradient-{os.urandom(8).hex()}')
 
 
 def _name_anew(path, name):
@@ -1646,9 +1584,9 @@ def _remove(path):
 
 
 def _sync_folder(folder):
-    if os.name == 'nt':  # folders can't be opened there
+    if not hasattr(os, 'O_DIRECTORY'):  # on Windows folders can't be opened
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -1729,7 +1667,7 @@ def stretch_midtones(pictures):
     return stretched
 
 
-def draw_preview(file, kind, thumbnails, size, points, misfits):
+def draw_preview(file, kind, thumbnails, shape, points, misfits):
     """Draw before, background with points, and after, side by side.
 
     Parameters
@@ -1739,8 +1677,8 @@ def draw_preview(file, kind, thumbnails, size, points, misfits):
         'png', 'pdf' or 'svg'.
     thumbnails : list of Thumbnail
         Before, background and after.
-    size : (int, int)
-        Height and width of the frame, for the axes.
+    shape : (int, int, int)
+        Height, width and number of channels of the frame, for the axes.
     points : Points
     misfits : list of int
         Indices of points with a warning.
@@ -1748,7 +1686,7 @@ def draw_preview(file, kind, thumbnails, size, points, misfits):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    height, width = size
+    height, width, _ = shape
     panel = 5 * np.array([width, height]) / max(width, height)
     figure = Figure(figsize=(3 * panel[0] + 1.5, panel[1] + 0.8), layout='constrained')
     FigureCanvasAgg(figure)
@@ -1769,11 +1707,67 @@ def draw_preview(file, kind, thumbnails, size, points, misfits):
 
 # ---- Pipeline -------------------------------------------------------------------------------------------------------
 
+def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', method='subtract', dither=False, rows=ROWS,
+                    return_model=False):
+    """Remove the background gradient from an array, as the command does from a file.
+
+    Parameters
+    ----------
+    image : (height, width) or (height, width, n_channels) array_like
+        Integers or floats. All channels are taken for colors: leave alpha out.
+    points : Points or (n_points, 2) array_like
+        See `make_points`.
+    sigma : float
+        Blur at the points, in pixels, see `measure_levels`.
+    smooth : 'auto' or float
+        See `fit_background`.
+    method : str
+        'subtract', 'stretch' or 'divide', see `correct`.
+    dither : bool
+        See `correct_rows`.
+    rows : int
+        Rows worked on together. Beside the result, memory is that of a few such groups in float64.
+    return_model : bool
+        Whether to return the model, too.
+
+    Returns
+    -------
+    corrected : ndarray
+        Of the shape and dtype of the image.
+    model : BackgroundModel
+        If asked for; `model.evaluate(0, height, width)` is the background.
+
+    Raises
+    ------
+    RmgradientError
+        If image, points and options don't go together; the message says why.
+    """
+    image = np.asarray(image)
+    if image.dtype.kind not in 'uif' or image.ndim not in (2, 3) or not image.size:
+        raise RmgradientError(f'an array of {image.dtype} of shape {image.shape} is no picture')
+    if method not in ('subtract', 'stretch', 'divide'):
+        raise RmgradientError(f"method {method!r} is none of 'subtract', 'stretch' and 'divide'")
+    corrected = np.array(image, image.dtype.newbyteorder('=')).reshape(*image.shape[:2], -1)
+    height, width, _ = corrected.shape
+    points = points if isinstance(points, Points) else make_points(points)
+    levels, _ = measure_levels(corrected, points, sigma)
+    model = fit_background(points, levels, smooth)
+    pedestal = find_pedestal(model, height, width, rows)
+    if method == 'divide':
+        check_divisor(model, pedestal, height, width, rows)
+    darkened = model.darkened(pedestal)
+    for start, stop in row_groups(height, rows):
+        correct_rows(corrected[start:stop], start, darkened, method, pedestal, dither)
+    corrected = corrected.reshape(image.shape)
+    return (corrected, model) if return_model else corrected
+
+
 def process(options):
     """Do what the command line asks for; options are those of `build_parser`."""
-    outputs = [path for path in (options.output, options.background, options.save_points, options.preview) if path]
+    kinds = 'output', 'background', 'save_points', 'preview'
+    outputs = {kind: path for kind in kinds if (path := getattr(options, kind))}
     inputs = [path for path in (options.input, options.points_file) if path and path != '-']
-    check_paths(inputs, outputs, options.overwrite)
+    check_paths(inputs, outputs.values(), options.overwrite)
     if options.preview and not importlib.util.find_spec('matplotlib'):
         raise RmgradientError(f"{options.preview}: needs matplotlib; run: pip install 'rmgradient[plot]'")
     with about(options.input):
@@ -1786,29 +1780,21 @@ def process(options):
             levels, noise = measure_levels(image, points, options.sigma)
             model = fit_background(points, levels, options.smooth)
         misfits = report_model(points, levels, noise, model)
-        height, width, _ = image.shape
-        if not options.output:
-            with whole_files(outputs, options.overwrite) as files:
-                write_points(files[0], points, options, width, height)
-            return
-        pedestal = find_pedestal(model, height, width, options.rows, starmap)
-        if options.method == 'divide':
-            with about(options.input):
-                check_divisor(model, pedestal, height, width, options.rows)
+        thumbnails = [Thumbnail(*image.shape) for _ in range(3)] if options.preview else []
         with whole_files(outputs, options.overwrite) as files:
-            files = dict(zip(outputs, files))
-            pictures = [files[path] for path in (options.output, options.background) if path]
-            thumbnails = [Thumbnail(*image.shape) for _ in range(3)] if options.preview else []
-            n_limited = write_outputs(pictures, image, model, pedestal, options, thumbnails, starmap)
+            if options.output:
+                pedestal, n_limited = write_pictures(files, image, model, options, thumbnails, starmap)
             if options.save_points:
-                write_points(files[options.save_points], points, options, width, height)
+                write_points(files['save_points'], points, image, options)
             if options.preview:
                 kind = os.path.splitext(options.preview)[1][1:].lower()
-                draw_preview(files[options.preview], kind, thumbnails, (height, width), points, misfits)
-    if n_limited:
-        logger.warning('%s: %d values below or above what %s can hold are limited',
-                       options.output, n_limited, image.dtype)
-    logger.info('%s: written; the sky is level at %s', options.output, in_words(pedestal))
+                with about(options.preview):
+                    draw_preview(files['preview'], kind, thumbnails, image.shape, points, misfits)
+    if options.output:
+        if n_limited:
+            logger.warning('%s: %d values below or above what %s can hold are limited',
+                           options.output, n_limited, image.dtype)
+        logger.info('%s: written; the sky is level at %s', options.output, in_words(pedestal))
 
 
 def read_points(options):
@@ -1831,52 +1817,56 @@ def find_points(image, options, starmap):
     return points
 
 
-def write_points(file, points, options, width, height):
+def write_points(file, points, image, options):
     """Write the points in the format of -f."""
+    height, width, _ = image.shape
     lines = [f'# {os.path.basename(options.input)}, {width} x {height} pixels, sigma {options.sigma:g}',
              *format_points(points)]
     with about(options.save_points):
         file.write(('\n'.join(lines) + '\n').encode('utf-8', 'replace'))
 
 
-def write_outputs(files, image, model, pedestal, options, thumbnails, starmap):
-    """Write the corrected picture and, if there is a second file, the background; return how many values were limited.
+def write_pictures(files, image, model, options, thumbnails, starmap):
+    """Write the corrected picture and the background; return the pedestal and how many values were limited.
 
-    The pedestal needs the background of the whole frame, hence this second pass over the model. The picture is read
-    here alone, beside the points. Memory: a few strips a worker. Before, background and after are added to thumbnails,
-    if there are any.
+    The pedestal needs the background of the whole frame: hence two passes over the model. The picture is read in the
+    second one alone, beside the points. Memory: a few strips a worker. Before, background and after are added to
+    thumbnails, if there are any.
     """
     height, width, n_channels = image.shape
+    pedestal = find_pedestal(model, height, width, options.rows, starmap)
+    if options.method == 'divide':
+        with about(options.input):
+            check_divisor(model, pedestal, height, width, options.rows)
     darkened = model.darkened(pedestal)
-    writers = [TiffStrips(file, image, n_samples, options.rows, options.compress)
-               for file, n_samples in zip(files, (image.n_samples, n_channels))]
+    writers = {kind: TiffStrips(files[kind], image, n_samples, options.rows, options.compress)
+               for kind, n_samples in (('output', image.n_samples), ('background', n_channels)) if kind in files}
 
     def finish(start, stop):
+        shrunk = lambda rows: [shrink(rows[..., :n_channels], start, thumbnails[0].factor)] if thumbnails else []
         with about(options.input):
-            strips = [image.read(start, stop)]
+            strip = image.read(start, stop)
+            before = shrunk(strip)
+            n_limited = correct_rows(strip, start, darkened, options.method, pedestal, options.dither)
+        encoded = {'output': writers['output'].encode(strip)}
         background = model.evaluate(start, stop, width) if options.background or thumbnails else None
-        shrunk = [shrink(strips[0][..., :n_channels], start, thumbnails[0].factor)] if thumbnails else []
-        with about(options.input):
-            n_limited = correct_rows(strips[0], start, darkened, options.method, pedestal, options.dither)
-        if thumbnails:
-            shrunk += [shrink(rows[..., :n_channels], start, thumbnails[0].factor) for rows in (background, strips[0])]
         if options.background:
             noise = dither_noise(start, stop, width, n_channels, stream=1) if options.dither else None
-            strips.append(to_dtype(background, image.dtype, noise)[0])
-        return [writer.encode(strip) for writer, strip in zip(writers, strips)], shrunk, n_limited
+            encoded['background'] = writers['background'].encode(to_dtype(background, image.dtype, noise)[0])
+        return encoded, n_limited, before + shrunk(background) + shrunk(strip)
 
     total = 0
-    for encoded, shrunk, n_limited in starmap(finish, row_groups(height, options.rows)):
+    for encoded, n_limited, shrunk in starmap(finish, row_groups(height, options.rows)):
         total += n_limited
         for thumbnail, sums in zip(thumbnails, shrunk):
             thumbnail.add(*sums)
-        for path, writer, data in zip((options.output, options.background), writers, encoded):
-            with about(path):
-                writer.append(data)
-    for path, writer in zip((options.output, options.background), writers):
-        with about(path):
+        for kind, writer in writers.items():
+            with about(getattr(options, kind)):
+                writer.append(encoded[kind])
+    for kind, writer in writers.items():
+        with about(getattr(options, kind)):
             writer.finish()
-    return total
+    return pedestal, total
 
 
 @contextlib.contextmanager

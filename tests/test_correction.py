@@ -90,7 +90,7 @@ def test_divide_is_image_times_pedestal_over_background(dtype):
 
 @pytest.mark.parametrize('dtype', ['u1', 'u2', 'i2', 'u4', 'f4', 'f8'])
 def test_stretch_keeps_white_white(dtype):
-    white = rg.white_of(dtype)
+    white = 1.0 if np.dtype(dtype).kind == 'f' else np.iinfo(dtype).max
     image = np.full((2, 5, 3), white, dtype)
     image[1] = 0.4 * white
     shift = np.linspace(0, 0.3, 30).reshape(2, 5, 3) * white

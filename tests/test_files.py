@@ -52,18 +52,21 @@ def test_devices_stay_devices(cli):
     if os.path.exists('/dev/full'):
         cli.fails('-o', '/dev/full', match='/dev/full: No space left on device')
         cli.fails('-b', '/dev/full', match='/dev/full: No space left on device')
+        cli.fails('--save-points', '/dev/full', match='/dev/full: No space left on device')
+        os.symlink('/dev/full', 'full.png')
+        cli.fails('--preview', 'full.png', match='full.png: No space left on device')
     os.mkfifo('fifo')
     cli.fails('-o', 'fifo', '--overwrite', match='fifo: is not a regular file')
 
 
 @pytest.mark.parametrize('late', ['out.tif', 'bg.tif'])
 def test_file_that_appears_meanwhile_is_left_alone(cli, monkeypatch, late):
-    write_outputs = rg.write_outputs
+    write_pictures = rg.write_pictures
 
     def race(*arguments):
         (cli.folder / late).write_text('precious')
-        return write_outputs(*arguments)
-    monkeypatch.setattr(rg, 'write_outputs', race)
+        return write_pictures(*arguments)
+    monkeypatch.setattr(rg, 'write_pictures', race)
     assert cli('-b', 'bg.tif') == 1
     assert f'{late}: File exists' in cli.stderr
     assert cli.files() == sorted([late, 'sky.tif'])

@@ -167,7 +167,7 @@ REFUSED = {
     'two of three colors': (*flat(4, t262=(3, [2]), t277=(3, [2]), t258=(3, [16] * 2)), '2 channels instead of 3'),
     'too many extra samples': (*flat(2, t338=(3, [0, 0])), '2 extra samples beside 1 of 1 channels'),
     'volume': (*flat(2, t32997=(4, [3])), 'a volume'),
-    'no rows a strip': (*flat(2, t278=(4, [0])), 'strips or tiles of no rows'),
+    'no rows a strip': (*flat(2, t278=(4, [0])), 'strips or tiles without pixels'),
     'no width': (*flat(2, t256=(4, [0])), '0 x 90 pixels'),
     'width missing': (*flat(2, t256=None), 'no width given'),
     'height missing': (*flat(2, t257=None), 'no height given'),
