@@ -1016,7 +1016,12 @@ def check_divisor(model, pedestal, height, width, rows=ROWS):
     raise RmgradientError(f'the background is {lowest:g} at {place}; to divide by it, it must be positive everywhere')
 
 
-# ---- TIFF input -----------------------------------------------------------------------------------------------------
+# ---- TIFF directories -----------------------------------------------------------------------------------------------
+
+SHORT, LONG, LONG8, IFD8 = 3, 4, 16, 18
+TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+NUMBERS = {1: 'B', 3: 'H', 4: 'I', 13: 'I', 16: 'Q', 18: 'Q'}  # unsigned integers, for struct
+
 
 class Tag(NamedTuple):
     """Entry of a TIFF directory, its value as the bytes in the file or, for a sub-directory, as a list of tags."""
@@ -1027,9 +1032,84 @@ class Tag(NamedTuple):
     value: bytes | list
 
 
-NUMBERS = {1: 'B', 3: 'H', 4: 'I', 13: 'I', 16: 'Q', 18: 'Q'}  # types of unsigned integers
-TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-LONG, LONG8, IFD8 = 4, 16, 18
+def directory_structs(byteorder, bigtiff):
+    """Return the structs of a directory: number of entries, an entry with its value or a pointer to it, a pointer."""
+    return [struct.Struct(byteorder + code) for code in (('Q', 'HHQ8s', 'Q') if bigtiff else ('H', 'HHI4s', 'I'))]
+
+
+class TiffBytes:
+    """The bytes of an open TIFF file and the directories in it; may be used from several threads.
+
+    Attributes
+    ----------
+    byteorder : str
+        '<' or '>'.
+    bigtiff : bool
+    first : int
+        Offset of the first directory.
+    """
+
+    def __init__(self, file):
+        self._file, self._lock = file, threading.Lock()
+        head = file.read(16).ljust(16, b'\0')
+        self.byteorder = {b'II': '<', b'MM': '>'}.get(head[:2], '?')
+        if self.byteorder == '?' or (magic := struct.unpack(self.byteorder + 'H', head[2:4])[0]) not in (42, 43):
+            raise RmgradientError('not a TIFF file')
+        self.bigtiff = magic == 43
+        self.first, = struct.unpack_from(*((self.byteorder + 'Q', head, 8) if self.bigtiff else
+                                           (self.byteorder + 'I', head, 4)))
+
+    def read(self, offset, size):
+        """Return bytes; ValueError if there are too few."""
+        if hasattr(os, 'pread'):
+            data = os.pread(self._file.fileno(), size, offset)
+        else:  # Windows
+            with self._lock:
+                self._file.seek(offset)
+                data = self._file.read(size)
+        if len(data) < size:
+            raise ValueError(f'it ends at byte {offset + len(data)}, {size - len(data)} bytes too early')
+        return data
+
+    def numbers(self, type_, count, offset):
+        """Return a tuple of unsigned integers of a type."""
+        return struct.unpack(f'{self.byteorder}{count}{NUMBERS[type_]}', self.read(offset, count * TYPE_SIZES[type_]))
+
+    def directory(self, offset):
+        """Return (code, type, count, offset of the value) of all entries, and the offset of the next directory."""
+        head, entry, pointer = directory_structs(self.byteorder, self.bigtiff)
+        n_entries, = head.unpack(self.read(offset, head.size))
+        if n_entries > 4096:  # as tifffile has it: no program writes so many
+            raise ValueError(f'a directory of {n_entries} tags')
+        offset += head.size
+        data = self.read(offset, n_entries * entry.size + pointer.size)
+        entries = []
+        for i in range(n_entries):
+            code, type_, count, value = entry.unpack_from(data, i * entry.size)
+            inline = count * TYPE_SIZES.get(type_, 1) <= len(value)
+            here = offset + (i + 1) * entry.size - len(value)
+            entries.append((code, type_, count, here if inline else pointer.unpack(value)[0]))
+        return entries, pointer.unpack_from(data, n_entries * entry.size)[0]
+
+
+def pack_directory(tags, offset, byteorder, bigtiff):
+    """Return the bytes of a directory at `offset`, which is even, with the values and sub-directories behind it."""
+    head, entry, pointer = directory_structs(byteorder, bigtiff)
+    entries, values = b'', b''
+    behind = offset + head.size + len(tags) * entry.size + pointer.size
+    for code, type_, count, value in sorted(tags, key=lambda tag: tag.code):
+        if isinstance(value, list):
+            value, type_ = pack_directory(value, behind + len(values), byteorder, bigtiff), IFD8 if bigtiff else LONG
+        elif len(value) <= pointer.size:
+            entries += entry.pack(code, type_, count, value)
+            continue
+        entries += entry.pack(code, type_, count, pointer.pack(behind + len(values)))
+        values += value + bytes(len(value) % 2)
+    return head.pack(len(tags)) + entries + pointer.pack(0) + values
+
+
+# ---- TIFF input -----------------------------------------------------------------------------------------------------
+
 EXIF, GPS, INTEROPERABILITY, ICC, XMP = 34665, 34853, 40965, 34675, 700
 SUB_DIRECTORIES = {EXIF, GPS, INTEROPERABILITY}
 # Tags that say how the pixels are stored: the output has its own. 254, 255, 297: kind and number of the page.
@@ -1062,6 +1142,10 @@ class TiffImage:
         Height, width and number of color channels.
     n_samples : int
         Color channels plus extra samples.
+    dtype : numpy.dtype
+        In native byte order.
+    photometric, extra_samples, byteorder, bigtiff
+        As in the file.
     tags : list of Tag
         What there is to know of the picture beside the pixels.
     warnings : list of str
@@ -1095,17 +1179,11 @@ class TiffImage:
         self._file.close()
 
     def _open(self):
-        head = self._file.read(16).ljust(16, b'\0')
-        self.byteorder = {b'II': '<', b'MM': '>'}.get(head[:2], '?')
-        if self.byteorder == '?' or (magic := struct.unpack(self.byteorder + 'H', head[2:4])[0]) not in (42, 43):
-            raise RmgradientError('not a TIFF file')
-        self.bigtiff = magic == 43
-        offset, = struct.unpack(self.byteorder + 'Q', head[8:]) if self.bigtiff else struct.unpack(
-            self.byteorder + 'I', head[4:8])
-        entries, next_directory = self._read_directory(offset)
-        structure = {code: self._numbers(type_, count, offset) for code, type_, count, offset in entries
-                     if code in STRUCTURE_TAGS and type_ in (1, 3, 4, 16) and count < 2**16}
-        check_structure(structure)
+        self._bytes = TiffBytes(self._file)
+        self.byteorder, self.bigtiff = self._bytes.byteorder, self._bytes.bigtiff
+        entries, next_directory = self._bytes.directory(self._bytes.first)
+        check_structure({code: self._bytes.numbers(type_, count, offset) for code, type_, count, offset in entries
+                         if code in STRUCTURE_TAGS and type_ in (1, SHORT, LONG, LONG8) and count < 2**16})
         self._file.seek(0)
         self._page = page = tifffile.TiffFile(self._file).pages.first
         check_page(page)
@@ -1121,10 +1199,6 @@ class TiffImage:
         if n_skipped:
             self.warnings.append(f'only the first of {n_skipped + 1} pages is corrected, '
                                  f'{n_skipped} {"is" if n_skipped == 1 else "are"} left out')
-        if page.is_tiled:
-            self._segment_shape = page.tilelength, page.tilewidth
-        else:
-            self._segment_shape = page.rowsperstrip, page.imagewidth
         # Filled backward or differenced bytes have to be decoded whole, like compressed ones.
         self._is_plain = page.compression == 1 and page.fillorder == 1
         page.decode  # made now: making it is not safe in threads  # noqa: B018
@@ -1146,11 +1220,8 @@ class TiffImage:
 
     def read(self, start, stop, left=0, right=None):
         """Return rows start to stop - 1 as a (n_rows, n_columns, n_samples) ndarray in native byte order."""
-        height, width, _ = self.shape
-        right = right or width
-        segment_height, segment_width = self._segment_shape
-        across, down = -(-width // segment_width), -(-height // segment_height)
-        planes = self.n_samples if self._page.planarconfig == 2 else 1
+        right = right or self.shape[1]
+        segment_height, segment_width, planes, down, across = grid_of_segments(self._page)
         window = np.empty((stop - start, right - left, self.n_samples), self.dtype)
         indices = list(itertools.product(range(planes), range(start // segment_height, -(-stop // segment_height)),
                                          range(left // segment_width, -(-right // segment_width))))
@@ -1172,10 +1243,10 @@ class TiffImage:
         if not self._is_plain:
             return self._decode_once(index, n_segments)[start:stop]
         dtype = self.dtype.newbyteorder(self.byteorder)
-        width = self._segment_shape[1]
-        samples = 1 if self._page.planarconfig == 2 else self.n_samples
+        _, width, planes, _, _ = grid_of_segments(self._page)
+        samples = self.n_samples // planes
         row = width * samples * dtype.itemsize
-        data = self._read_bytes(self._page.dataoffsets[index] + start * row, (stop - start) * row)
+        data = self._bytes.read(self._page.dataoffsets[index] + start * row, (stop - start) * row)
         return np.frombuffer(data, dtype).reshape(stop - start, width, samples)
 
     def _decode_once(self, index, n_segments):
@@ -1189,42 +1260,11 @@ class TiffImage:
                 self._decoded.popitem(last=False)
         if is_new:
             try:
-                data = self._read_bytes(self._page.dataoffsets[index], self._page.databytecounts[index])
+                data = self._bytes.read(self._page.dataoffsets[index], self._page.databytecounts[index])
                 future.set_result(self._page.decode(data, index)[0][0])
             except BaseException as error:
                 future.set_exception(error)
         return future.result()
-
-    def _read_bytes(self, offset, size):
-        if hasattr(os, 'pread'):
-            data = os.pread(self._file.fileno(), size, offset)
-        else:  # Windows
-            with self._lock:
-                self._file.seek(offset)
-                data = self._file.read(size)
-        if len(data) < size:
-            raise ValueError(f'it ends at byte {offset + len(data)}, {size - len(data)} bytes too early')
-        return data
-
-    def _read_directory(self, offset):
-        """Return (code, type, count, offset of the value) of all entries, and the offset of the next directory."""
-        head, entry, pointer = directory_structs(self.byteorder, self.bigtiff)
-        n_entries, = head.unpack(self._read_bytes(offset, head.size))
-        if n_entries > 4096:  # as tifffile has it: no program writes so many
-            raise ValueError(f'a directory of {n_entries} tags')
-        offset += head.size
-        data = self._read_bytes(offset, n_entries * entry.size + pointer.size)
-        entries = []
-        for i in range(n_entries):
-            code, type_, count, value = entry.unpack_from(data, i * entry.size)
-            inline = count * TYPE_SIZES.get(type_, 1) <= len(value)
-            here = offset + (i + 1) * entry.size - len(value)
-            entries.append((code, type_, count, here if inline else pointer.unpack(value)[0]))
-        return entries, pointer.unpack_from(data, n_entries * entry.size)[0]
-
-    def _numbers(self, type_, count, offset):
-        data = self._read_bytes(offset, count * TYPE_SIZES[type_])
-        return struct.unpack(f'{self.byteorder}{count}{NUMBERS[type_]}', data)
 
     def _read_tags(self, entries, skip=STRUCTURE_TAGS | STALE_TAGS):
         """Return the tags worth keeping, byte for byte, sub-directories included."""
@@ -1234,12 +1274,12 @@ class TiffImage:
                 continue
             try:
                 if code in SUB_DIRECTORIES:
-                    inside, _ = self._read_directory(self._numbers(type_, 1, offset)[0])
+                    inside, _ = self._bytes.directory(self._bytes.numbers(type_, 1, offset)[0])
                     tags.append(Tag(code, LONG, 1, self._read_tags(inside, skip={code})))
                 elif type_ in (13, 18):
                     raise ValueError('it points to a directory of unknown use')
                 else:
-                    tags.append(Tag(code, type_, count, self._read_bytes(offset, count * TYPE_SIZES[type_])))
+                    tags.append(Tag(code, type_, count, self._bytes.read(offset, count * TYPE_SIZES[type_])))
             except (KeyError, ValueError, struct.error, OverflowError) as error:
                 what = NAMES_OF_TAGS.get(code, f'tag {code}')
                 if code in (ICC, XMP):
@@ -1254,8 +1294,8 @@ class TiffImage:
         while directory not in seen and len(seen) < 10000:
             seen.add(directory)
             try:
-                entries, directory = self._read_directory(directory)
-                tags = {code: self._numbers(type_, 1, offset)[0] for code, type_, _, offset in entries
+                entries, directory = self._bytes.directory(directory)
+                tags = {code: self._bytes.numbers(type_, 1, offset)[0] for code, type_, _, offset in entries
                         if code in (254, 255, 256, 257)}
             except (KeyError, ValueError, struct.error, OSError, OverflowError):
                 self.warnings.append('a further page is damaged and left out')
@@ -1264,11 +1304,6 @@ class TiffImage:
                            for k in range(1, 16))
             n_pictures += not (tags.get(254, 0) & 1 or tags.get(255) == 2 or is_level)
         return n_pictures
-
-
-def directory_structs(byteorder, bigtiff):
-    """Return the structs of a directory: number of entries, an entry with its value or a pointer to it, a pointer."""
-    return [struct.Struct(byteorder + code) for code in (('Q', 'HHQ8s', 'Q') if bigtiff else ('H', 'HHI4s', 'I'))]
 
 
 def invert(rows):
@@ -1324,11 +1359,16 @@ def check_page(page):
                               'save it anew')
 
 
-def check_segments(page, file_size):
-    """Refuse a tifffile.TiffPage without all of its strips or tiles; tifffile would read what is missing as zeros."""
+def grid_of_segments(page):
+    """Return height and width of the strips or tiles of a tifffile.TiffPage, the number of planes, rows and columns."""
     height, width = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
     planes = page.samplesperpixel if page.planarconfig == 2 else 1
-    across, down = -(-page.imagewidth // width), -(-page.imagelength // height)
+    return height, width, planes, -(-page.imagelength // height), -(-page.imagewidth // width)
+
+
+def check_segments(page, file_size):
+    """Refuse a tifffile.TiffPage without all of its strips or tiles; tifffile would read what is missing as zeros."""
+    height, width, planes, down, across = grid_of_segments(page)
     offsets, sizes = page.dataoffsets, page.databytecounts
     if not len(offsets) == len(sizes) == across * down * planes:
         raise RmgradientError(f'damaged: {len(offsets)} offsets and {len(sizes)} sizes for '
@@ -1413,20 +1453,22 @@ class TiffStrips:
         """Write the directory, and the header that points to it."""
         image, n_samples = self._image, self._n_samples
         order, offset = image.byteorder, self._file.tell()
-        numbers = lambda code, type_, values: Tag(code, type_, len(values), struct.pack(
-            f'{order}{len(values)}{NUMBERS[type_]}', *values))
-        place = LONG8 if self.bigtiff else LONG
         height, width, n_channels = image.shape
-        bits = image.dtype.itemsize * 8
-        tags = [numbers(256, LONG, [width]), numbers(257, LONG, [height]), numbers(258, 3, [bits] * n_samples),
-                numbers(259, 3, [8 if self._compress else 1]), numbers(262, 3, [image.photometric]),
-                numbers(273, place, self._offsets), numbers(277, 3, [n_samples]), numbers(278, LONG, [self._rows]),
-                numbers(279, place, self._sizes), numbers(284, 3, [1]),
-                numbers(339, 3, ['uif'.index(image.dtype.kind) + 1] * n_samples)]
+        place = LONG8 if self.bigtiff else LONG
+        structure = {'ImageWidth': (LONG, [width]), 'ImageLength': (LONG, [height]),
+                     'BitsPerSample': (SHORT, [image.dtype.itemsize * 8] * n_samples),
+                     'Compression': (SHORT, [8 if self._compress else 1]),
+                     'PhotometricInterpretation': (SHORT, [image.photometric]),
+                     'StripOffsets': (place, self._offsets), 'SamplesPerPixel': (SHORT, [n_samples]),
+                     'RowsPerStrip': (LONG, [self._rows]), 'StripByteCounts': (place, self._sizes),
+                     'PlanarConfiguration': (SHORT, [1]),
+                     'SampleFormat': (SHORT, ['uif'.index(image.dtype.kind) + 1] * n_samples)}
         if self._predictor != 1:
-            tags.append(numbers(317, 3, [self._predictor]))
+            structure['Predictor'] = SHORT, [self._predictor]
         if n_samples > n_channels and image.extra_samples:
-            tags.append(numbers(338, 3, image.extra_samples))
+            structure['ExtraSamples'] = SHORT, image.extra_samples
+        tags = [Tag(tifffile.TIFF.TAGS[name], type_, len(values), struct.pack(
+            f'{order}{len(values)}{NUMBERS[type_]}', *values)) for name, (type_, values) in structure.items()]
         for tag in image.tags:
             if tag.code in PER_SAMPLE_TAGS and tag.count > n_samples:
                 tag = tag._replace(count=n_samples, value=tag.value[:n_samples * TYPE_SIZES[tag.type]])
@@ -1438,22 +1480,6 @@ class TiffStrips:
             self._file.write(magic + struct.pack(order + 'HHHQ', 43, 8, 0, offset))
         else:
             self._file.write(magic + struct.pack(order + 'HI', 42, offset))
-
-
-def pack_directory(tags, offset, byteorder, bigtiff):
-    """Return the bytes of a directory at `offset`, which is even, with the values and sub-directories behind it."""
-    head, entry, pointer = directory_structs(byteorder, bigtiff)
-    entries, values = b'', b''
-    behind = offset + head.size + len(tags) * entry.size + pointer.size
-    for code, type_, count, value in sorted(tags, key=lambda tag: tag.code):
-        if isinstance(value, list):
-            value, type_ = pack_directory(value, behind + len(values), byteorder, bigtiff), IFD8 if bigtiff else LONG
-        elif len(value) <= pointer.size:
-            entries += entry.pack(code, type_, count, value)
-            continue
-        entries += entry.pack(code, type_, count, pointer.pack(behind + len(values)))
-        values += value + bytes(len(value) % 2)
-    return head.pack(len(tags)) + entries + pointer.pack(0) + values
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------

@@ -366,6 +366,25 @@ def test_drawn_sky_is_what_the_script_draws(tmp_path):
     assert '-' in (tmp_path / 'skypoints').read_text()
 
 
+def test_system_that_is_not_posix(cli):
+    """What Windows lacks is not needed."""
+    tifffile.imwrite('deflate.tif', cli.sky, photometric='rgb', compression='zlib', rowsperstrip=16)
+    (cli.folder / 'damaged.tif').write_bytes((cli.folder / 'sky.tif').read_bytes()[:-100])
+    code = ('import os, signal, sys; import numpy, scipy.interpolate, tifffile\n'
+            'for module, name in [(os, "pread"), (os, "sched_getaffinity"), (os, "O_DIRECTORY"), (signal, "SIGHUP")]:\n'
+            '    if hasattr(module, name): delattr(module, name)\n'
+            'import rmgradient; sys.exit(rmgradient.main(sys.argv[1:]))')
+    for name, status in [('sky.tif', 0), ('deflate.tif', 0), ('damaged.tif', 1)]:
+        done = subprocess.run([sys.executable, '-c', code, '-q', '-i', name, '-o', f'out_{name}', '-p',
+                               *words(cli.points)], capture_output=True, text=True,
+                              env={**os.environ, 'PYTHONPATH': str(ROOT)})
+        assert done.returncode == status, done.stderr
+        assert status == 0 or 'damaged.tif: damaged: segment 0 of 1 ends at byte' in done.stderr
+    assert cli() == 0
+    for name in ('sky.tif', 'deflate.tif'):
+        assert_array_equal(tifffile.imread(f'out_{name}'), tifffile.imread('out.tif'))
+
+
 def test_missing_library_is_one_line(tmp_path):
     (tmp_path / 'imagecodecs.py').write_text('raise ModuleNotFoundError("no", name="imagecodecs")\n')
     done = subprocess.run([sys.executable, ROOT / 'rmgradient.py', '-h'], capture_output=True, text=True,

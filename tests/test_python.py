@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions for notebooks and pipelines."""
+import os
 import re
 import subprocess
 import sys
@@ -77,6 +78,7 @@ def test_example_of_the_readme(tmp_path):
     example = re.search(r'\.\. code:: python\n\n((?:    .*\n|\n)+)', readme)[1]
     lines = [line[4:] for line in example.splitlines()]
     assert 5 <= len([line for line in lines if line]) <= 8
-    code = '\n'.join(lines).replace('test_data/', f'{ROOT}/test_data/')
-    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, env={'PYTHONPATH': str(ROOT)})
+    code = '\n'.join(lines).replace('test_data/', f'{ROOT.as_posix()}/test_data/')
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True,
+                   env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert tifffile.imread(tmp_path / 'sky_out.tif').shape == (400, 600, 3)
