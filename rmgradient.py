@@ -2,19 +2,28 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["numpy>=1.26", "scipy>=1.11", "tifffile[codecs]>=2024.2.12", "tqdm>=4.60"]
+# dependencies = ["numpy>=1.26", "scipy>=1.11.2", "tifffile[codecs]>=2024.8.10", "tqdm>=4.60"]
 # ///
-"""Remove the background gradient from a TIFF picture of the sky.
+r"""Remove the background gradient from a TIFF picture of the sky.
 
-The color of the sky is measured at points of empty sky, a smooth surface is fitted through these levels,
-and the surface is subtracted so that the background becomes level at its darkest value.
+The color of the sky is measured at points of empty sky, a smooth surface is
+fitted through these levels, and the surface is subtracted so that the
+background becomes level at its darkest value.
 
-    python rmgradient.py -i test_data/sky.tif -o sky_out.tif -f test_data/skypoints
-    cat test_data/skypoints | xargs python rmgradient.py -i test_data/sky.tif -o sky_out.tif -b sky_background.tif -p
+Points are pairs X Y of whole numbers, in pixels from the top left one (0 0),
+x to the right and y down. A pair with a minus sign before either number (-0
+too) lies on the isoline of the last pair without one: it has the same
+background level as that point, and is not measured.
 
-Points are pairs X Y of whole numbers, in pixels from the top left one (0 0), x to the right and y down. A pair with a
-minus sign before either number (-0 too) lies on the isoline of the last pair without one: it has the same background
-level as that point, and is not measured.
+The exit status is 0 when all is done, 1 if something about the picture, the
+points or the files is wrong, 2 for wrong usage, and 128 plus its number after
+a signal. Outputs appear complete or not at all.
+
+Examples: points chosen automatically, and points from a file through xargs.
+
+    python rmgradient.py -i test_data/sky.tif -o sky_auto.tif -a
+    cat test_data/skypoints | xargs python rmgradient.py -i test_data/sky.tif \
+        -o sky_out.tif -b sky_background.tif -p
 """
 from __future__ import annotations
 
@@ -1801,7 +1810,7 @@ def process(options):
     with image, threads(progress_bar()) as starmap:
         for warning in image.warnings:
             logger.warning('%s: %s', options.input, warning)
-        points = read_points(options) if options.auto is None else find_points(image, options, starmap)
+        points = find_points(options, image, starmap)
         with about(options.input):
             levels, noise = measure_levels(image, points, options.sigma)
             model = fit_background(points, levels, options.smooth)
@@ -1823,24 +1832,20 @@ def process(options):
         logger.info('%s: written; the sky is level at %s', options.output, in_words(pedestal))
 
 
-def read_points(options):
-    """Return the points of -p or -f."""
+def find_points(options, image, starmap):
+    """Return the points of -p, -f or -a."""
     if options.points is not None:
         return make_points(options.points)
-    name = 'standard input' if options.points_file == '-' else options.points_file
-    with about(name):
-        if options.points_file == '-':
+    if options.auto is not None:
+        with about(options.input):
+            points, n_places = choose_points(image, options.auto, options.sigma, starmap)
+        logger.info('%d points chosen from %d quiet places', len(points.x), n_places)
+        return points
+    if options.points_file == '-':
+        with about('standard input'):
             return make_points(parse_points_file(sys.stdin))
-        with open(options.points_file, encoding='utf-8-sig', errors='replace') as lines:
-            return make_points(parse_points_file(lines))
-
-
-def find_points(image, options, starmap):
-    """Return the points of -a."""
-    with about(options.input):
-        points, n_places = choose_points(image, options.auto, options.sigma, starmap)
-    logger.info('%d points chosen from %d quiet places', len(points.x), n_places)
-    return points
+    with about(options.points_file), open(options.points_file, encoding='utf-8-sig', errors='replace') as lines:
+        return make_points(parse_points_file(lines))
 
 
 def write_points(file, points, image, options):
@@ -1951,8 +1956,8 @@ def in_words(values):
 
 def build_parser():
     """Return the parser of the command line."""
-    summary, _, rest = __doc__.partition('\n\n')
-    parser = argparse.ArgumentParser(prog='rmgradient', description=summary, epilog=rest, add_help=False,
+    description, start, rest = (__doc__ or '').rstrip().partition('The exit status')  # python -OO has no docstrings
+    parser = argparse.ArgumentParser(prog='rmgradient', description=description, epilog=start + rest, add_help=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     files = parser.add_argument_group('input and output')
     files.add_argument('-i', '--input', metavar='FILE', required=True, help='picture to correct (TIFF)')
@@ -1980,8 +1985,8 @@ def build_parser():
     model.add_argument('-s', '--sigma', metavar='PIXELS', type=number(0.1, 10000), default=SIGMA,
                        help='standard deviation of the Gaussian blur at the points (default: %(default)g)')
     model.add_argument('-m', '--smooth', metavar='NUMBER', type=auto_or(number(0, 1e12)), default='auto',
-                       help='auto: trend, shape and smoothness that predict points best from the others; '
-                       'a number: a multiquadric of that smoothness (default: %(default)s)')
+                       help='auto: trend, shape and smoothness that suit the levels best; a number: the '
+                       'classic model, a multiquadric of that smoothness, often 0.1 (default: %(default)s)')
     model.add_argument('-r', '--rows', metavar='N', type=whole_number(1, 2**31), default=ROWS,
                        help='rows worked on together; memory is proportional (default: %(default)s)')
 

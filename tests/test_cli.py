@@ -3,6 +3,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -324,17 +325,25 @@ def test_script_through_xargs(tmp_path):
 
 
 @posix
-def test_several_pictures_at_once(cli):
+@pytest.mark.parametrize('tool', ['xargs', 'parallel'])
+def test_commands_for_many_pictures(cli, tool):
+    if not shutil.which(tool):
+        pytest.skip(f'needs {tool}')
     for i in range(4):
         tifffile.imwrite(f'{i}.tif', cli.sky, photometric='rgb')
-    (cli.folder / 'corrected').mkdir()
     (cli.folder / 'points').write_text('\n'.join(f'{x} {y}' for x, y in cli.points))
     (cli.folder / '4.tif').write_text('no picture')
-    done = subprocess.run(f'ls ?.tif | xargs -P 2 -I{{}} {sys.executable} {ROOT}/rmgradient.py -q -i {{}} '
-                          '-o corrected/{} -f points', shell=True, capture_output=True, text=True)
-    assert done.returncode == 123  # xargs: one of them failed
-    assert done.stderr == 'rmgradient: error: 4.tif: not a TIFF file\n'
-    assert sorted(os.listdir('corrected')) == ['0.tif', '1.tif', '2.tif', '3.tif']
+    (cli.folder / 'rmgradient').write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/rmgradient.py "$@"\n')
+    (cli.folder / 'rmgradient').chmod(0o755)
+    section = (ROOT / 'README.rst').read_text(encoding='utf-8').split('\nMany pictures\n')[1].split('\nLimits\n')[0]
+    commands = re.findall('^    (.+)', section, re.MULTILINE)
+    assert len(commands) == 3
+    command, = (command for command in commands if f'{tool} ' in command)
+    done = subprocess.run(f'{commands[0]} && {command}', shell=True, capture_output=True, text=True,
+                          env={**os.environ, 'PATH': f'{cli.folder}{os.pathsep}{os.environ["PATH"]}'})
+    assert done.returncode != 0  # one of them failed
+    assert 'rmgradient: error: 4.tif: not a TIFF file\n' in done.stderr
+    assert sorted(os.listdir('corrected')) == ['0.tif', '1.tif', '2.tif', '3.tif', 'sky.tif']
     outputs = [(cli.folder / 'corrected' / f'{i}.tif').read_bytes() for i in range(4)]
     assert len(set(outputs)) == 1
 
@@ -383,6 +392,33 @@ def test_system_that_is_not_posix(cli):
     assert cli() == 0
     for name in ('sky.tif', 'deflate.tif'):
         assert_array_equal(tifffile.imread(f'out_{name}'), tifffile.imread('out.tif'))
+
+
+@posix
+def test_commands_of_the_manual_page(tmp_path, monkeypatch):
+    shutil.copy(ROOT / 'rmgradient.py', tmp_path)
+    shutil.copytree(ROOT / 'test_data', tmp_path / 'test_data')
+    commands = re.sub(r'^    ', '', rg.__doc__[rg.__doc__.index('    python'):], flags=re.MULTILINE)
+    subprocess.run(f'set -e\n{commands}', shell=True, cwd=tmp_path, check=True, capture_output=True,
+                   env={**os.environ, 'PATH': f'{os.path.dirname(sys.executable)}{os.pathsep}{os.environ["PATH"]}'})
+    for name in ('sky_auto.tif', 'sky_out.tif', 'sky_background.tif'):
+        assert tifffile.imread(tmp_path / name).shape == (400, 600, 3)
+    monkeypatch.setenv('COLUMNS', '80')
+    help_text = rg.build_parser().format_help()
+    assert help_text.endswith(rg.__doc__[-200:])  # one story: the manual page ends with its examples
+    assert max(map(len, help_text.splitlines())) <= 80
+
+
+def test_requirements_are_the_same_everywhere():
+    header, setup, oldest = ((ROOT / name).read_text(encoding='utf-8')
+                             for name in ('rmgradient.py', 'setup.py', 'tests/constraints-oldest.txt'))
+    required = re.findall(r"'([^']+)'", re.search(r'install_requires=\[(.+)\]', setup)[1])
+    assert len(required) == 4
+    assert re.findall('"([^"]+)"', re.search(r'# dependencies = \[(.+)\]', header)[1]) == required
+    for requirement in required:
+        assert '\n' + re.sub(r'\[.+\]', '', requirement).replace('>=', '==') in oldest
+    python = re.search(r"python_requires='(.+)'", setup)[1]
+    assert f'# requires-python = "{python}"' in header
 
 
 def test_missing_library_is_one_line(tmp_path):
