@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# All tables: accuracy, then speed and memory. Arguments go to speed.py.
-# usage: run.sh [PYTHON] [ARGUMENTS]     (default: python3)
+# All tables: accuracy, then speed and memory. --quick sees that they run; --gigapixel and --runs N go to speed.py.
+# usage: run.sh [PYTHON] [--quick | ARGUMENTS]     (default: python3)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${1:-python3}
-"$python" accuracy.py
+quick=
+[ "${2:-}" != --quick ] || quick=--quick
+"$python" "$folder/accuracy.py" $quick
 echo
-"$python" speed.py "${@:2}"
+"$python" "$folder/speed.py" "${@:2}"

@@ -7,7 +7,7 @@ written by tifffile, synchronized. Direct evaluation, `Rbf` on all pixels in gro
 a few groups and multiplied; it counts twice, since the pedestal is needed before the first pixel is written. For
 deflate the time of the encoder alone, on all cores, stands in the last column.
 
-usage: speed.py [--runs N] [--folder DIR] [--gigapixel] [RMGRADIENT.py]
+usage: speed.py [--runs N] [--folder DIR] [--quick | --gigapixel] [RMGRADIENT.py]
 """
 import argparse
 import contextlib
@@ -103,6 +103,7 @@ def main():
     parser.add_argument('script', nargs='?', default=Path(__file__).resolve().parent.parent / 'rmgradient.py')
     parser.add_argument('--runs', type=int, default=5)
     parser.add_argument('--folder', help='where to write the pictures (default: a temporary folder)')
+    parser.add_argument('--quick', action='store_true', help='pictures a tenth as wide and high, to see that it runs')
     parser.add_argument('--gigapixel', action='store_true', help='also 32000 x 32000 pixels: 12 GB of files')
     options = parser.parse_args()
     cases = [  # name, width, height, points, options, how the input is written, rows of its strips
@@ -114,6 +115,8 @@ def main():
         ('LZW in', 6000, 4000, 40, [], {'compression': 'lzw'}, 16),
         ('one strip in', 6000, 4000, 40, [], {'compression': 'zlib'}, 4000),
     ]
+    if options.quick:
+        options.runs, cases = 1, [(name, width // 10, height // 10, *rest) for name, width, height, *rest in cases]
     if options.gigapixel:
         cases.append(('uncompressed', 32000, 32000, 40, [], {}, 100))
     processor = platform.processor()
