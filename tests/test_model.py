@@ -175,7 +175,7 @@ def test_flat_channel_beside_others_stays_flat():
     assert_allclose(background[..., 1], 777.0, rtol=1e-12)
 
 
-@pytest.mark.parametrize('n', [10, 40, 150])
+@pytest.mark.parametrize('n', [10, 40, 100])
 def test_candidates_never_make_the_equations_singular(n, monkeypatch):
     points, levels = problem(n=n)
     for shape, smooth in itertools.product(rg.SHAPES, rg.SMOOTHNESS):
