@@ -285,6 +285,13 @@ def distances_between(a, b):
     return np.hypot(*(a[:, None] - b).transpose(2, 0, 1))
 
 
+def average_spacing(centers):
+    """Return the average distance between (n_points, 2) points in the box around them, scipy's default epsilon."""
+    edges = np.ptp(centers, axis=0)
+    edges = edges[edges > 0]
+    return (edges.prod() / len(centers)) ** (1 / len(edges))
+
+
 def multiquadric(distances, epsilon):
     """Return the multiquadric of distances, as scipy's Rbf has it."""
     return np.sqrt((distances / epsilon) ** 2 + 1)
@@ -349,7 +356,8 @@ def choose_model(centers, levels, leader):
     """
     rounding = 1e-10 * np.abs(levels).max(axis=0)
     scale = levels.std(axis=0) + rounding + np.finfo(float).tiny
-    choices = [_fit_trend(trend, centers, levels, leader, rounding) for trend in ('mean', 'plane')]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # of a thousand points, each takes a second
+        choices = pool.map(lambda trend: _fit_trend(trend, centers, levels, leader, rounding), ('mean', 'plane'))
     # Three places can't judge a plane: it goes through all of them, without an error, and is chosen.
     return min(choices, key=lambda choice: ((choice.errors / scale) ** 2).mean())
 
@@ -360,8 +368,7 @@ def _fit_trend(trend, centers, levels, leader, rounding):
     residuals = levels - basis @ (basis.T @ levels)
     rough = (np.abs(residuals) > rounding).any(axis=0)
     residuals[:, ~rough] = 0
-    distances = distances_between(centers, centers)
-    spacing = Rbf(*centers.T, np.zeros(len(centers))).epsilon  # scipy's default: the average distance between points
+    distances, spacing = distances_between(centers, centers), average_spacing(centers)
     if rough.any():
         epsilon, smooth, precision = _likeliest(distances, spacing, basis, residuals[:, rough])
     else:  # the trend says it all

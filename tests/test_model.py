@@ -51,6 +51,12 @@ def test_classic_model_is_the_dense_solution(smooth, n_channels):
     assert model.choice is None
 
 
+@pytest.mark.parametrize('places', [scatter(n=12), [(3, 4), (9, 4), (20, 4)], [(3, 4), (3, 40), (3, 5)]])
+def test_average_spacing_is_that_of_scipy(places):
+    points = rg.make_points(places)
+    assert rg.average_spacing(points.centers) == pytest.approx(Rbf(points.x, points.y, points.x, smooth=1).epsilon)
+
+
 def test_classic_model_goes_through_the_levels_without_smoothing():
     points, levels = problem()
     background = rg.fit_background(points, levels, 0).evaluate(0, HEIGHT, WIDTH)
