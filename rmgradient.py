@@ -1850,7 +1850,9 @@ def find_points(options, image, starmap):
         return points
     if options.points_file == '-':
         with about('standard input'):
-            return make_points(parse_points_file(sys.stdin))
+            with contextlib.suppress(AttributeError):  # closed, or no file
+                sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')
+            return make_points(parse_points_file(sys.stdin or []))
     with about(options.points_file), open(options.points_file, encoding='utf-8-sig', errors='replace') as lines:
         return make_points(parse_points_file(lines))
 
@@ -1972,7 +1974,7 @@ def build_parser():
                        help='corrected picture (TIFF of the same type); required, but for -a with --save-points')
     files.add_argument('-b', '--background', metavar='FILE', help='also write the background that is removed: '
                        'output = input - (background - its minimum)')
-    files.add_argument('-c', '--compress', metavar='LEVEL', type=whole_number(0, 9), default=0,
+    files.add_argument('-c', '--compress', metavar='LEVEL', type=number(0, 9, int), default=0,
                        help='deflate level of the files written, 0 is none (default: %(default)s)')
     files.add_argument('--save-points', metavar='FILE', help='write the points used, for -f')
     files.add_argument('--preview', metavar='FILE', type=preview_name, help='picture of before, background with '
@@ -1983,18 +1985,17 @@ def build_parser():
     choice.add_argument('-p', '--points', metavar=('X', 'Y'), nargs='+', help='points of empty sky, in pixels')
     choice.add_argument('-f', '--points-file', metavar='FILE',
                         help='the same from a file, one pair a line, # starts a comment; - is standard input')
-
-    choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=AUTO, type=whole_number(3, 30),
+    choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=AUTO, type=number(3, 30, int),
                         help='choose points, one from each cell of a grid with N cells along the longer side '
                         f'(default: {AUTO}), where there are neither stars nor nebulae')
 
     model = parser.add_argument_group('model')
     model.add_argument('-s', '--sigma', metavar='PIXELS', type=number(0.1, 10000), default=SIGMA,
                        help='standard deviation of the Gaussian blur at the points (default: %(default)g)')
-    model.add_argument('-m', '--smooth', metavar='NUMBER', type=auto_or(number(0, 1e12)), default='auto',
+    model.add_argument('-m', '--smooth', metavar='NUMBER', type=number(0, 1e12, word='auto'), default='auto',
                        help='auto: trend, shape and smoothness that suit the levels best; a number: the '
                        'classic model, a multiquadric of that smoothness, often 0.1 (default: %(default)s)')
-    model.add_argument('-r', '--rows', metavar='N', type=whole_number(1, 2**31), default=ROWS,
+    model.add_argument('-r', '--rows', metavar='N', type=number(1, 2**31, int), default=ROWS,
                        help='rows worked on together; memory is proportional (default: %(default)s)')
 
     correction = parser.add_argument_group('correction')
@@ -2015,9 +2016,11 @@ def build_parser():
     return parser
 
 
-def number(lowest, highest, kind=float):
-    """Return a function that turns text into a number of a range, for argparse."""
+def number(lowest, highest, kind=float, word=None):
+    """Return a function that turns text into a number of a range, or leaves it if it is a word, for argparse."""
     def convert(text):
+        if text == word:
+            return text
         try:
             value = kind(text)
         except ValueError:
@@ -2029,11 +2032,6 @@ def number(lowest, highest, kind=float):
     return convert
 
 
-def whole_number(lowest, highest):
-    """Return a function that turns text into a whole number of a range, for argparse."""
-    return number(lowest, highest, int)
-
-
 def preview_name(path):
     """Return a path if its ending is one of the kinds of previews, for argparse."""
     if os.path.splitext(path)[1].lower() not in ('.png', '.pdf', '.svg'):
@@ -2041,17 +2039,8 @@ def preview_name(path):
     return path
 
 
-def auto_or(convert):
-    """Return a function that takes the word auto beside what another takes, for argparse."""
-    return lambda text: text if text == 'auto' else convert(text)
-
-
 class Interrupted(BaseException):
-    """A signal asked to stop."""
-
-    def __init__(self, number):
-        super().__init__(number)
-        self.number = number
+    """A signal asked to stop; its number is the argument."""
 
 
 @contextlib.contextmanager
@@ -2091,7 +2080,7 @@ def main(argv=None):
                 process(options)
             return 0
         except Interrupted as interruption:
-            return 128 + interruption.number
+            return 128 + interruption.args[0]
         except RmgradientError as error:
             logger.error('%s', error)
         except OSError as error:
@@ -2137,7 +2126,7 @@ def run():
         libc.mallopt(mmap_threshold, 2**25)
         libc.mallopt(trim_threshold, 2**30)
     status = main()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(AttributeError, OSError):  # closed, or broken
         sys.stderr.flush()
     os._exit(status)
 

@@ -395,6 +395,21 @@ def test_system_that_is_not_posix(cli):
 
 
 @posix
+@pytest.mark.parametrize(('closed', 'text', 'status', 'message'), [
+    (2, b'', 0, b''),
+    (0, b'', 1, b'rmgradient: error: standard input: no points; give at least three\n'),
+    (None, b'\xff\xfe 7', 1, 'rmgradient: error: standard input: line 1: coordinate \'\ufffd\ufffd\' is not a whole '
+                            'number\n'.encode())])
+def test_standard_streams_that_are_closed_or_no_text(cli, closed, text, status, message):
+    points = ['-f', '-'] if status else ['-p', *words(cli.points)]
+    done = subprocess.run([sys.executable, ROOT / 'rmgradient.py', '-i', 'sky.tif', '-o', 'out.tif', *points],
+                          input=text, capture_output=True, preexec_fn=lambda: closed is None or os.close(closed),
+                          env={**os.environ, 'PYTHONIOENCODING': 'utf-8:strict'})
+    assert (done.returncode, done.stderr) == (status, message)
+    assert cli.files() == ['out.tif', 'sky.tif'][bool(status):]
+
+
+@posix
 def test_commands_of_the_manual_page(tmp_path, monkeypatch):
     shutil.copy(ROOT / 'rmgradient.py', tmp_path)
     shutil.copytree(ROOT / 'test_data', tmp_path / 'test_data')
