@@ -745,9 +745,10 @@ def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
     -----
     Each cell offers its quietest place. Those on nebulae are brighter than the sky around them, and so many that they
     must not have a vote. So the first judge is a surface below most places (`fit_floor`), which nebulae barely lift. It
-    cuts off the peaks of strong glows, too, but the model through the accepted places then grows: a rejected place that
-    it predicts joins. Light domes end at the border of the frame and nebulae rarely do, so that places in the outer two
-    cells join more easily. Whatever still stands out above the prediction of the others is left out.
+    cuts off the peaks of strong glows, too, but the model through the accepted places then grows: rejected places that
+    it predicts join. Light domes end at the border of the frame and nebulae rarely do, so that places in the outer two
+    cells join more easily, and all at once; others join from near to far. Whatever still stands out above the
+    prediction of the others is left out.
     """
     height, width, _ = image.shape
     places = find_quiet_places(image, n, sigma, starmap)
@@ -779,10 +780,13 @@ def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
         return len(out) > 0
 
     def grow(choice):
-        """Accept the rejected places that the model predicts, and tell whether there are any."""
-        errors, spread = predict_others(choice, centers, levels, accepted)
-        distance = np.where(np.abs(errors) > MISFIT * noise, np.abs(spread) / robust_std(choice.spread), 0)
-        joining = np.flatnonzero(~accepted)[distance.max(axis=1, initial=0) < reach[~accepted]]
+        """Accept rejected places that the model predicts, and tell whether there are any."""
+        errors, deviation = predict_others(choice, centers, levels, accepted)
+        spread = np.abs(errors) / deviation[:, None] / robust_std(choice.spread)
+        joins = np.where(np.abs(errors) > MISFIT * noise, spread, 0).max(axis=1) < reach[~accepted]
+        # Inside of the frame, first where the model is most certain: elsewhere, anything is as it predicts.
+        joins &= (deviation <= 2 * deviation[joins].min(initial=np.inf)) | (from_border < 2 * cell)[~accepted]
+        joining = np.flatnonzero(~accepted)[joins]
         accepted[joining] = True
         reach[joining] = 0  # once only: it may be found to stand out later
         return len(joining) > 0
@@ -880,9 +884,10 @@ def equations(kernel, smooth, terms):
 
 
 def predict_others(choice, centers, levels, accepted):
-    """Return level minus prediction, and that in the units of `left_out_errors`, of points that are not accepted.
+    """Return level minus prediction of the points that are not accepted, and its deviation, (n_points,).
 
-    The equations of `choose_model` give the prediction, and its variance as in kriging.
+    The equations of `choose_model` give the prediction, and its variance as in kriging. The quotient of both is the
+    spread of `left_out_errors`.
     """
     inside = centers[accepted]
     kernel = multiquadric(distances_between(centers, inside), choice.epsilon)
@@ -891,7 +896,7 @@ def predict_others(choice, centers, levels, accepted):
     shares = np.linalg.solve(equations(kernel[accepted], choice.smooth, terms[accepted]), at.T)
     errors = levels[~accepted] - shares[:len(inside)].T @ levels[accepted]
     variance = choice.smooth - 1 + np.einsum('ij,ji->i', at, shares)
-    return errors, errors / np.sqrt(np.maximum(variance, 1e-12))[:, None]
+    return errors, np.sqrt(np.maximum(variance, 1e-12))
 
 
 # ---- Correction -----------------------------------------------------------------------------------------------------

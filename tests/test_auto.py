@@ -106,9 +106,9 @@ def test_others_are_predicted_as_if_left_out():
     levels = np.sin(centers / 300) + rng.normal(0, 0.1, (40, 2))
     choice = rg.choose_model(centers, levels, np.arange(40))
     for i in range(5):
-        predicted = rg.predict_others(choice, centers, levels, np.arange(40) != i)
-        assert_allclose(predicted[0][0], choice.errors[i], rtol=1e-6)
-        assert_allclose(predicted[1][0], choice.spread[i], rtol=1e-6)
+        errors, deviation = rg.predict_others(choice, centers, levels, np.arange(40) != i)
+        assert_allclose(errors[0], choice.errors[i], rtol=1e-6)
+        assert_allclose(errors[0] / deviation[0], choice.spread[i], rtol=1e-6)
 
 
 @pytest.mark.parametrize('dtype', ['u1', 'u2', 'f4'])
