@@ -38,7 +38,8 @@ def error_of(points, sky, background):
 
 
 @pytest.mark.parametrize(('case', 'most'), [({}, 5), ({'glow': 16000.0}, 20), ({'n_channels': 1}, 5),
-                                            ({'glow': 16000.0, 'nebula': 1500.0}, 60), ({'border': True}, 20)])
+                                            ({'glow': 16000.0, 'nebula': 1500.0}, 60), ({'border': True}, 20),
+                                            ({'glow': 24000.0, 'nebula': 800.0, 'seed': 5}, 20)])
 def test_chosen_points_give_the_background(case, most):
     sky, background, _ = sky_with(**case)
     points, n_places = rg.choose_points(sky)
