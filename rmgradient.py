@@ -1583,7 +1583,7 @@ def whole_files(outputs, overwrite):
                 if path in temporary:
                     os.fsync(files[key].fileno())
                 files[key].close()
-        with _signals_ignored():
+        with signals_handled(signal.SIG_IGN):  # nothing interrupts the moment in which files get their names
             _publish(temporary, overwrite)
 
 
@@ -1654,16 +1654,16 @@ def _closing(file):
 
 
 @contextlib.contextmanager
-def _signals_ignored():
-    """Let nothing interrupt the last moment, in which files get their names."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+def signals_handled(handler):
+    """Handle the signals that end a program otherwise; only in the main thread, since others can't."""
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        old = {number: signal.signal(number, handler) for number in SIGNALS
+               if signal.getsignal(number) not in (signal.SIG_IGN, None)}  # ignored, or not Python's
     try:
         yield
     finally:
-        for number, handler in handlers.items():
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 
@@ -2048,23 +2048,11 @@ class Interrupted(BaseException):
     """A signal asked to stop; its number is the argument."""
 
 
-@contextlib.contextmanager
-def signals_raise():
-    """Turn the signals that end a program into an exception, so that it cleans up; only the first one counts."""
-    def stop(number, _):
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {each: signal.signal(each, stop) for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
+def stop(number, _):
+    """Raise Interrupted for the first signal, so that all is cleaned up, and ignore further ones."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(number)
 
 
 def main(argv=None):
@@ -2081,7 +2069,7 @@ def main(argv=None):
             parser.error(f'argument -p/--points: {error}')
     with log_to_stderr(quiet=options.quiet):
         try:
-            with signals_raise():
+            with signals_handled(stop):
                 process(options)
             return 0
         except Interrupted as interruption:
