@@ -1618,9 +1618,10 @@ def _name_anew(path, name):
     try:
         os.link(path, name)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+        # What systems say of file systems without links, such as exFAT: Linux, macOS, FUSE, Windows.
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise
-        if os.path.exists(name):  # no links on this file system: not safe in a race, but the best there is
+        if os.path.exists(name):  # not safe in a race, but the best there is
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
         os.rename(path, name)
 

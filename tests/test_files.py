@@ -73,9 +73,10 @@ def test_file_that_appears_meanwhile_is_left_alone(cli, monkeypatch, late):
     assert (cli.folder / late).read_text() == 'precious'
 
 
-def test_file_system_without_links(cli, monkeypatch):
+@pytest.mark.parametrize('code', [errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
+def test_file_system_without_links(cli, monkeypatch, code):
     def link(*_, **__):
-        raise OSError(errno.EPERM, 'no links')
+        raise OSError(code, 'no links')
     monkeypatch.setattr(os, 'link', link)
     assert cli('-b', 'bg.tif') == 0
     (cli.folder / 'bg.tif').write_text('old')
