@@ -32,7 +32,7 @@ import os
 import signal
 import sys
 
-if IS_COMMAND := os.path.splitext(os.path.basename(sys.argv[0]))[0] == 'rmgradient':
+if IS_COMMAND := os.path.splitext(os.path.basename(''.join(sys.argv[:1])))[0] == 'rmgradient':
     # An interruption while the libraries load ends quietly; main() takes over later.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.disable()  # loading libraries makes much and frees nothing: checking that takes 5 % of an ordinary run
@@ -74,15 +74,15 @@ logger = logging.getLogger('rmgradient')
 
 SIGMA = 8.0  # pixels; wide enough to average the noise, narrow enough to fit between stars
 ROWS = 100  # rows read, corrected and written together
-BLOCK = 2**17  # float64 values at a time, 1 MB: with fewer, threads wait for the interpreter; more leave the cache
+AUTO = 15  # points along the longer side
 SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the distance between points
 SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
-N_WORKERS = min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 16)
-SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
-AUTO = 15  # points along the longer side
+MISFIT = 6.0  # a point is worth a warning if it is off by this many standard deviations
 REJECT = 5.0  # a place is no sky if it is above the prediction by this many standard deviations
 LEAST_PLACES = 8  # that a model is chosen from
-MISFIT = 6.0  # a point is worth a warning if it is off by this many standard deviations
+BLOCK = 2**17  # float64 values at a time, 1 MB: with fewer, threads wait for the interpreter; more leave the cache
+N_WORKERS = min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 16)
+SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------
