@@ -261,14 +261,14 @@ def measure_levels(image, points, sigma=SIGMA):
 
 def _blur(image, top, left, kernel):
     """Return the weighted mean of a window of the image, and its standard error; a Gaussian separates into x and y."""
-    weights, squares = kernel[:, None], kernel[:, None] ** 2
+    squares = kernel**2
     # Sums of the rows: of the values, and with squared weights of the values and their squares.
     sums = np.zeros((3, len(kernel), image.shape[2]))
     for start, stop in row_groups(len(kernel)):
         window = image[top + start:top + stop, left:left + len(kernel)].astype(float)
-        sums[:, start:stop] = (window * weights).sum(1), (window * squares).sum(1), (window**2 * squares).sum(1)
-    level = (sums[0] * weights).sum(0)
-    first, second = (sums[1:] * squares).sum(1)
+        sums[:, start:stop] = kernel @ window, squares @ window, squares @ window**2
+    level = kernel @ sums[0]
+    first, second = squares @ sums[1:]
     variance = second - 2 * level * first + level**2 * squares.sum() ** 2
     return level, np.sqrt(np.maximum(variance, 0))
 
