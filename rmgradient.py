@@ -247,9 +247,8 @@ def measure_levels(image, points, sigma=SIGMA):
     radius = len(kernel) // 2
     check_points(points, height, width, radius)
     levels, noise = np.empty((2, len(points.x), n_channels))
-    for i in np.lexsort([points.x, points.y]):
-        if points.on_isoline[i]:
-            continue
+    order = np.lexsort([points.x, points.y])
+    for i in order[~points.on_isoline[order]]:
         x, y = points.x[i], points.y[i]
         with np.errstate(invalid='ignore', over='ignore'):  # inf - inf gives NaN
             levels[i], noise[i] = _blur(image, y - radius, x - radius, kernel)
@@ -356,19 +355,24 @@ def choose_model(centers, levels, leader):
     """
     rounding = 1e-10 * np.abs(levels).max(axis=0)
     scale = levels.std(axis=0) + rounding + np.finfo(float).tiny
+    distances = distances_between(centers, centers)
+
+    def fit(trend):
+        return _fit_trend(trend, centers, distances, levels, leader, rounding)
+
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # of a thousand points, each takes a second
-        choices = pool.map(lambda trend: _fit_trend(trend, centers, levels, leader, rounding), ('mean', 'plane'))
+        choices = pool.map(fit, ('mean', 'plane'))
     # Three places can't judge a plane: it goes through all of them, without an error, and is chosen.
     return min(choices, key=lambda choice: ((choice.errors / scale) ** 2).mean())
 
 
-def _fit_trend(trend, centers, levels, leader, rounding):
+def _fit_trend(trend, centers, distances, levels, leader, rounding):
     """Return the likeliest Choice with a trend; residuals no larger than the rounding of their channel are none."""
     basis = trend_terms(centers, centers, trend)
     residuals = levels - basis @ (basis.T @ levels)
     rough = (np.abs(residuals) > rounding).any(axis=0)
     residuals[:, ~rough] = 0
-    distances, spacing = distances_between(centers, centers), average_spacing(centers)
+    spacing = average_spacing(centers)
     if rough.any():
         epsilon, smooth, precision = _likeliest(distances, spacing, basis, residuals[:, rough])
     else:  # the trend says it all
@@ -487,7 +491,6 @@ def find_misfits(points, levels, noise, choice):
     return misfits
 
 
-@np.errstate(over='ignore')  # beside errors of zero, others are infinitely large
 def _find_worst(choice, centers, noise):
     """Return index and error of the points that stand out most, at least half as far as the worst.
 
@@ -497,7 +500,7 @@ def _find_worst(choice, centers, noise):
     noise = np.median(noise, axis=0)
     left, found, acquitted, least = np.arange(len(centers)), [], [], MISFIT
     while len(left) > 3:
-        height = np.where(np.abs(choice.errors) > MISFIT * noise, np.abs(choice.spread) / robust_std(choice.spread), 0)
+        height = np.abs(standing_out(choice.errors, choice.spread, robust_std(choice.spread), noise))
         height[np.isin(left, acquitted)] = 0
         worst, channel = np.unravel_index(height.argmax(), height.shape)
         if height[worst, channel] <= least:
@@ -512,6 +515,15 @@ def _find_worst(choice, centers, noise):
         found.append((left[worst], choice.errors[worst, channel]))
         choice, left = rest, left[~out]
     return found
+
+
+@np.errstate(over='ignore')  # beside errors of zero, others are infinitely large
+def standing_out(errors, spread, usual, noise):
+    """Return how many times the usual spread of its channel each error is, or 0 where noise explains it.
+
+    Errors and their spread as in `left_out_errors`, (n_points, n_channels); usual spread and noise, (n_channels,).
+    """
+    return np.where(np.abs(errors) > MISFIT * noise, spread / usual, 0)
 
 
 def robust_std(errors):
@@ -717,7 +729,7 @@ def find_pedestal(model, height, width, rows=ROWS, starmap=itertools.starmap):
 
 # ---- Automatic points -----------------------------------------------------------------------------------------------
 
-@np.errstate(over='ignore')  # beside errors of zero, others are infinitely large
+@np.errstate(over='ignore')  # as in `standing_out`
 def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
     """Choose points of empty sky.
 
@@ -773,7 +785,7 @@ def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
 
     def reject(choice, limit, where):
         """Reject the places that stand out most, of some, and tell whether there are any."""
-        excess = np.where(choice.errors > MISFIT * noise, choice.spread / robust_std(choice.spread), 0).max(axis=1)
+        excess = standing_out(choice.errors, choice.spread, robust_std(choice.spread), noise).max(axis=1)
         excess[~where[accepted]] = 0
         out = np.flatnonzero(accepted)[excess > max(limit, 0.6 * excess.max())]
         accepted[out] = False
@@ -782,8 +794,8 @@ def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
     def grow(choice):
         """Accept rejected places that the model predicts, and tell whether there are any."""
         errors, deviation = predict_others(choice, centers, levels, accepted)
-        spread = np.abs(errors) / deviation[:, None] / robust_std(choice.spread)
-        joins = np.where(np.abs(errors) > MISFIT * noise, spread, 0).max(axis=1) < reach[~accepted]
+        distance = np.abs(standing_out(errors, errors / deviation[:, None], robust_std(choice.spread), noise))
+        joins = distance.max(axis=1) < reach[~accepted]
         # Inside of the frame, first where the model is most certain: elsewhere, anything is as it predicts.
         joins &= (deviation <= 2 * deviation[joins].min(initial=np.inf)) | (from_border < 2 * cell)[~accepted]
         joining = np.flatnonzero(~accepted)[joins]
@@ -866,12 +878,12 @@ def fit_floor(centers, levels, length):
     """
     kernel = multiquadric(distances_between(centers, centers), length / 2)
     terms = trend_terms(centers, centers, 'plane')
-    floor = np.empty_like(levels)
+    at, floor = np.hstack([kernel, terms]), np.empty_like(levels)
     for c, level in enumerate(levels.T):
         above, known = np.zeros(len(level), bool), np.append(level, np.zeros(terms.shape[1]))
         for _ in range(40):
             solution = np.linalg.solve(equations(kernel, 0.01 * np.where(above, 500, 1), terms), known)
-            floor[:, c] = np.hstack([kernel, terms]) @ solution
+            floor[:, c] = at @ solution
             if np.array_equal(level > floor[:, c], above):
                 break
             above = level > floor[:, c]
@@ -1220,6 +1232,7 @@ class TiffImage:
         if n_skipped:
             self.warnings.append(f'only the first of {n_skipped + 1} pages is corrected, '
                                  f'{n_skipped} {"is" if n_skipped == 1 else "are"} left out')
+        self._grid = grid_of_segments(page)
         # Filled backward or differenced bytes have to be decoded whole, like compressed ones.
         self._is_plain = page.compression == 1 and page.fillorder == 1
         page.decode  # made now: making it is not safe in threads  # noqa: B018
@@ -1242,7 +1255,7 @@ class TiffImage:
     def read(self, start, stop, left=0, right=None):
         """Return rows start to stop - 1 as a (n_rows, n_columns, n_samples) ndarray in native byte order."""
         right = right or self.shape[1]
-        segment_height, segment_width, planes, down, across = grid_of_segments(self._page)
+        segment_height, segment_width, planes, down, across = self._grid
         window = np.empty((stop - start, right - left, self.n_samples), self.dtype)
         indices = list(itertools.product(range(planes), range(start // segment_height, -(-stop // segment_height)),
                                          range(left // segment_width, -(-right // segment_width))))
@@ -1264,7 +1277,7 @@ class TiffImage:
         if not self._is_plain:
             return self._decode_once(index, n_segments)[start:stop]
         dtype = self.dtype.newbyteorder(self.byteorder)
-        _, width, planes, _, _ = grid_of_segments(self._page)
+        _, width, planes, _, _ = self._grid
         samples = self.n_samples // planes
         row = width * samples * dtype.itemsize
         data = self._bytes.read(self._page.dataoffsets[index] + start * row, (stop - start) * row)
