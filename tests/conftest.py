@@ -9,7 +9,7 @@ import pytest
 import tifffile
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'test_data')]
 
 import rmgradient  # noqa: E402
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import make_sky
 import numpy as np
 import pytest
 import tifffile
@@ -14,9 +15,6 @@ from conftest import ROOT, draw, posix, scatter, words
 from numpy.testing import assert_array_equal
 
 import rmgradient as rg
-
-sys.path.insert(0, str(ROOT / 'test_data'))
-import make_sky  # noqa: E402
 
 
 def expected(sky, points, smooth='auto', sigma=8.0, n_channels=3):

@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import itertools
-import sys
 
+import make_sky
 import numpy as np
 import pytest
-from conftest import ROOT, scatter
+from conftest import scatter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from scipy.interpolate import Rbf
 
 import rmgradient as rg
-
-sys.path.insert(0, str(ROOT / 'test_data'))
-import make_sky  # noqa: E402
 
 HEIGHT, WIDTH = 200, 300
 
