@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["numpy>=1.26", "scipy>=1.11.2", "tifffile[codecs]>=2024.8.10", "tqdm>=4.60"]
+# dependencies = ["numpy>=1.26", "scipy>=1.11.2", "tifffile[codecs]>=2024.8.10", "threadpoolctl>=3.1.0",
+#     "tqdm>=4.60.0"]
 # ///
 r"""Remove the background gradient from a TIFF picture of the sky.
 
@@ -17,7 +18,8 @@ background level as that point, and is not measured.
 
 The exit status is 0 when all is done, 1 if something about the picture, the
 points or the files is wrong, 2 for wrong usage, and 128 plus its number after
-a signal. Outputs appear complete or not at all.
+a signal. Outputs appear complete or not at all. Of several pictures, one that
+fails does not stop the rest.
 
 Examples: points chosen automatically, and points from a file through xargs.
 
@@ -27,24 +29,30 @@ Examples: points chosen automatically, and points from a file through xargs.
 """
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
 import sys
 
 if IS_COMMAND := os.path.splitext(os.path.basename(''.join(sys.argv[:1])))[0] == 'rmgradient':
-    # An interruption while the libraries load ends quietly; main() takes over later.
+    # The process is ours alone, and short. An interruption while libraries load ends it quietly; main() takes over
+    # later. Loading makes much and frees nothing: no garbage is collected meanwhile. Our own threads take strips
+    # each: more of them inside of small matrix products would only be in their way. Freed memory is kept for the next
+    # strip: to have it mapped and zeroed anew takes longer than to fill it. And run() ends the process at once.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    gc.disable()  # loading libraries makes much and frees nothing: checking that takes 5 % of an ordinary run
-    # Our own threads take strips each; more of them inside of small matrix products would only be in their way.
+    gc.disable()
     os.environ.update(dict.fromkeys(
         ('OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'OMP_NUM_THREADS', 'VECLIB_MAXIMUM_THREADS'), '1'))
+    if hasattr(ctypes.pythonapi, 'mallopt'):  # glibc
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        ctypes.pythonapi.mallopt(M_MMAP_THRESHOLD, 2**25)
+        ctypes.pythonapi.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 import argparse
 import collections
 import concurrent.futures
 import contextlib
-import ctypes
 import errno
 import functools
 import importlib.util
@@ -62,12 +70,11 @@ try:
     import imagecodecs
     import numpy as np
     import tifffile
-    from scipy.interpolate import Rbf
 except ImportError as error:
     if not IS_COMMAND:
         raise
     sys.exit(f'rmgradient: error: {error.name} is missing; '
-             'run: python -m pip install numpy scipy "tifffile[codecs]" tqdm')
+             'run: python -m pip install numpy scipy "tifffile[codecs]" threadpoolctl tqdm')
 
 __version__ = '1.0.0'
 logger = logging.getLogger('rmgradient')
@@ -80,8 +87,10 @@ SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
 MISFIT = 6.0  # a point is worth a warning if it is off by this many standard deviations
 REJECT = 5.0  # a place is no sky if it is above the prediction by this many standard deviations
 LEAST_PLACES = 8  # that a model is chosen from
+MOST_POINTS = 5000  # that a model is fitted to
 BLOCK = 2**17  # float64 values at a time, 1 MB: with fewer, threads wait for the interpreter; more leave the cache
 N_WORKERS = min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 16)
+OUTPUTS = {'output': '', 'background': '', 'save_points': '.txt', 'preview': '.png'}  # endings in a folder
 SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 
 
@@ -277,6 +286,26 @@ def row_groups(height, rows=ROWS):
     return [(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
+@contextlib.contextmanager
+def one_blas_thread():
+    """Hold products and decompositions of matrices to a thread each, as the command's environment does.
+
+    Ours are small, and work in threads of our own already: more of them would wait for each other, and use ten times
+    the processor time.
+    """
+    if IS_COMMAND:
+        yield
+    else:
+        with _blas().limit(limits=1, user_api='blas'):
+            yield
+
+
+@functools.lru_cache
+def _blas():
+    import threadpoolctl
+    return threadpoolctl.ThreadpoolController()
+
+
 # ---- Choice of the model --------------------------------------------------------------------------------------------
 
 def distances_between(a, b):
@@ -311,7 +340,7 @@ def trend_terms(places, centers, trend):
 
 
 class Choice(NamedTuple):
-    """What the adaptive model chose, and how well it predicts each point from the others."""
+    """The adaptive model as it was chosen and solved, and how well it predicts each point from the others."""
 
     trend: str  # 'mean' or 'plane'
     epsilon: float  # shape of the multiquadric, in pixels
@@ -325,7 +354,7 @@ class Choice(NamedTuple):
 
 
 def choose_model(centers, levels, leader):
-    """Choose trend, shape and smoothness of the model that fits levels best where there are none.
+    """Choose trend, shape and smoothness of the model that fits levels best where there are none, and solve it.
 
     Parameters
     ----------
@@ -343,77 +372,107 @@ def choose_model(centers, levels, leader):
     -----
     With trend P and kernel matrix A of the multiquadric, weights w and trend b solve `(A - smooth) w + P b = levels`
     under `P' w = 0`: the trend takes all it can, and what is left to the multiquadric is a well-posed problem, since
-    -A is positive definite at right angles to P (Micchelli 1986, Constructive Approximation 2, 11). In the
-    eigenvectors V of -A there, with eigenvalues l and r = V' levels, every smoothness costs a few sums:
-    `w = -V (r / (l + smooth))`.
+    -A is positive definite at right angles to P (Micchelli 1986, Constructive Approximation 2, 11).
 
     The same equations are those of kriging: a random field of covariance -A about the trend, seen through noise of
     variance `smooth`. Shape and smoothness are those that make the levels most likely, whatever the trend is
     (restricted maximum likelihood; Wahba 1990, Spline Models for Observational Data, section 4.8). With a dozen noisy
     points this is a steadier judge than leave-one-out errors, which now and then praise a bold surface by luck.
     Likelihoods of different trends don't compare, so the trend is chosen by leave-one-out errors (`left_out_errors`).
+
+    In the eigenvectors V of -A at right angles to the mean, with eigenvalues l, every smoothness and every trend cost a
+    few sums: one decomposition a shape serves them all.
     """
     rounding = 1e-10 * np.abs(levels).max(axis=0)
     scale = levels.std(axis=0) + rounding + np.finfo(float).tiny
-    distances = distances_between(centers, centers)
-
-    def fit(trend):
-        return _fit_trend(trend, centers, distances, levels, leader, rounding)
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # of a thousand points, each takes a second
-        choices = pool.map(fit, ('mean', 'plane'))
     # Three places can't judge a plane: it goes through all of them, without an error, and is chosen.
-    return min(choices, key=lambda choice: ((choice.errors / scale) ** 2).mean())
+    with one_blas_thread():
+        return min(_likeliest_of_each_trend(centers, levels, leader, rounding),
+                   key=lambda choice: ((choice.errors / scale) ** 2).mean())
 
 
-def _fit_trend(trend, centers, distances, levels, leader, rounding):
-    """Return the likeliest Choice with a trend; residuals no larger than the rounding of their channel are none."""
-    basis = trend_terms(centers, centers, trend)
-    residuals = levels - basis @ (basis.T @ levels)
-    rough = (np.abs(residuals) > rounding).any(axis=0)
-    residuals[:, ~rough] = 0
-    spacing = average_spacing(centers)
-    if rough.any():
-        epsilon, smooth, precision = _likeliest(distances, spacing, basis, residuals[:, rough])
-    else:  # the trend says it all
+def _likeliest_of_each_trend(centers, levels, leader, rounding):
+    """Return a Choice for each trend; residuals no larger than the rounding of their channel are none."""
+    distances, spacing = distances_between(centers, centers), average_spacing(centers)
+    # Above n_points / 3 the largest eigenvalue of A, n_points or more, is too close to smooth: A - smooth is singular.
+    smoothness = SMOOTHNESS[len(distances) / 3 >= SMOOTHNESS]
+    trends = []
+    for name in ('mean', 'plane'):
+        terms = trend_terms(centers, centers, name)
+        residuals = levels - terms @ (terms.T @ levels)
+        rough = (np.abs(residuals) > rounding).any(axis=0)
+        trends.append((name, terms, residuals * rough, rough))
+
+    def judge(epsilon):
+        """Return a shape, its eigenvalues and eigenvectors, and `_likeliest` of each trend."""
+        eigenvalues, vectors = _across_mean(multiquadric(distances, epsilon))
+        found = [_likeliest(eigenvalues, vectors, smoothness, terms, residuals[:, rough]) if rough.any() else None
+                 for _, terms, residuals, rough in trends]
+        return epsilon, eigenvalues, vectors, found
+
+    best = [None, None]
+    if any(rough.any() for *_, rough in trends):
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for epsilon, eigenvalues, vectors, found in pool.map(judge, SHAPES * spacing):
+                for i, likeliest in enumerate(found):
+                    if likeliest and (not best[i] or likeliest < best[i][0]):
+                        best[i] = likeliest, epsilon, eigenvalues, vectors
+    return [_solve(centers, levels, leader, distances, spacing, *trend, found)
+            for trend, found in zip(trends, best)]
+
+
+def _across_mean(kernel):
+    """Return the n_points - 1 eigenvalues and eigenvectors of -kernel at right angles to the constant."""
+    means = kernel.mean(axis=0)
+    # The constant itself gets an eigenvalue above all others, to be cut off.
+    matrix = means[:, None] + means - kernel
+    matrix += 2 * means.max() - means.mean()
+    eigenvalues, vectors = np.linalg.eigh(matrix)
+    return np.maximum(eigenvalues[:-1], 0), vectors[:, :-1]
+
+
+def _likeliest(eigenvalues, vectors, smoothness, terms, residuals):
+    """Return how unlikely the residuals are with the best smoothness, and that smoothness.
+
+    Generalized least squares takes out the trend's terms beside the mean: with variance v along the eigenvectors, X the
+    terms and r the residuals there, H = X' X / v and b = X' r / v, the misfit r' r / v loses b' H^-1 b, and the
+    determinant of v gains that of H.
+    """
+    variance = eigenvalues + smoothness[:, None]
+    along, beside = vectors.T @ residuals, vectors.T @ terms[:, 1:]
+    misfit = (1 / variance) @ along**2
+    unlikely = np.log(variance).sum(axis=1)
+    if beside.shape[1]:
+        h, b = (np.einsum('sk,ki,kj->sij', 1 / variance, beside, a, optimize=True) for a in (beside, along))
+        misfit -= (b * np.linalg.solve(h, b)).sum(axis=1)
+        unlikely += np.linalg.slogdet(h)[1]
+    unlikely = residuals.shape[1] * unlikely + (len(terms) - terms.shape[1]) * np.log(misfit).sum(axis=1)
+    unlikely = np.round(unlikely, 9)  # four points and a plane say nothing about either: the first of equals
+    i = unlikely.argmin()
+    return unlikely[i], smoothness[i]
+
+
+def _solve(centers, levels, leader, distances, spacing, trend, terms, residuals, rough, likeliest):
+    """Return the Choice of a trend with its likeliest shape and smoothness, None if the trend says it all."""
+    if likeliest:
+        (_, smooth), epsilon, eigenvalues, vectors = likeliest
+        precision = (vectors / (eigenvalues + smooth)) @ vectors.T
+        along = precision @ terms[:, 1:]
+        precision -= along @ np.linalg.solve(terms[:, 1:].T @ along, along.T)
+    else:
         epsilon, smooth, precision = spacing, 1.0, np.eye(len(centers))
-    weights = -precision @ residuals
-    trend_levels = levels - (multiquadric(distances, epsilon) @ weights - smooth * weights)
+    kernel, weights = multiquadric(distances, epsilon), np.zeros_like(levels)
+    for _ in range(2):  # the second time refines what rounding left of the residuals
+        weights -= precision @ residuals
+        weights -= terms @ (terms.T @ weights)
+        trend_levels = levels - (kernel @ weights - smooth * weights)
+        residuals = (trend_levels - terms @ (terms.T @ trend_levels)) * rough
     middle, slope = centers.mean(axis=0), np.zeros((2, levels.shape[1]))
     if trend == 'plane':
         slope = np.linalg.pinv(centers - middle, rcond=0.01) @ trend_levels
     plane = np.vstack([trend_levels.mean(axis=0) - middle @ slope, slope])
     return Choice(trend, float(epsilon), float(smooth), plane, weights, precision, leader,
                   *left_out_errors(weights, precision, leader))
-
-
-def _likeliest(distances, spacing, basis, residuals):
-    """Return the shape and smoothness that make the residuals most likely, and the precision that goes with them."""
-    # Above n_points / 3 the largest eigenvalue of A, n_points or more, is too close to smooth: A - smooth is singular.
-    smoothness = SMOOTHNESS[len(distances) / 3 >= SMOOTHNESS]
-    least = math.inf
-    for epsilon in SHAPES * spacing:
-        eigenvalues, vectors = _across_trend(multiquadric(distances, epsilon), basis)
-        variance = eigenvalues + smoothness[:, None]
-        misfit = (1 / variance) @ (vectors.T @ residuals) ** 2
-        unlikely = (np.log(variance).sum(axis=1) * residuals.shape[1] + len(eigenvalues) * np.log(misfit).sum(axis=1))
-        i = unlikely.argmin()
-        if unlikely[i] < least:
-            least, found = unlikely[i], (epsilon, smoothness[i], (vectors / variance[i]) @ vectors.T)
-    return found
-
-
-def _across_trend(kernel, basis):
-    """Return the n_points - n_terms eigenvalues and eigenvectors of -kernel at right angles to the trend."""
-    projected = kernel @ basis
-    inside = basis.T @ projected
-    matrix = projected @ basis.T
-    # The trend's own directions get an eigenvalue above all others, to be cut off.
-    bound = 2 * kernel.sum(axis=0).max() * np.eye(len(inside))
-    matrix = matrix + matrix.T - kernel - basis @ (inside - bound) @ basis.T
-    eigenvalues, vectors = np.linalg.eigh(matrix)
-    n_free = len(kernel) - len(inside)
-    return np.maximum(eigenvalues[:n_free], 0), vectors[:, :n_free]
 
 
 def left_out_errors(weights, precision, leader):
@@ -541,21 +600,27 @@ class BackgroundModel:
 
     Attributes
     ----------
-    rbf : scipy.interpolate.Rbf
-        Multiquadric of the levels minus the plane.
+    centers : (n_points, 2) float64 ndarray
+        Where the multiquadrics stand, x and y, in pixels.
+    weights : (n_points, n_channels) ndarray
+        In data units.
+    epsilon : float
+        Shape of the multiquadric, in pixels.
     plane : (3, n_channels) ndarray
         Coefficients of 1, x and y.
     choice : Choice or None
         How the adaptive model was chosen; None for the classic one.
     """
 
-    def __init__(self, rbf, plane, choice=None):
-        self.rbf, self.plane, self.choice = rbf, plane, choice
+    def __init__(self, centers, weights, epsilon, plane, choice=None):
+        self.centers, self.weights, self.epsilon = centers, weights, epsilon
+        self.plane, self.choice = plane, choice
         self.n_channels = plane.shape[1]
 
     def darkened(self, pedestal):
         """Return the model less (n_channels,) constants; less its lowest values, it is what is subtracted."""
-        return BackgroundModel(self.rbf, self.plane - [pedestal, 0 * pedestal, 0 * pedestal], self.choice)
+        plane = self.plane - [pedestal, 0 * pedestal, 0 * pedestal]
+        return BackgroundModel(self.centers, self.weights, self.epsilon, plane, self.choice)
 
     def blocks(self, start, stop, width):
         """Evaluate rows start to stop - 1, block by block.
@@ -601,8 +666,8 @@ class BackgroundModel:
 
     def _panels(self, start, stop, width):
         """Yield the top of each panel of rows, its matrix, and the (n_nodes, width, n_channels) values at its nodes."""
-        x_nodes, x_matrix = chebyshev_panels(width, self.rbf.epsilon)
-        y_nodes, y_matrix = chebyshev_panels(stop - start, self.rbf.epsilon)
+        x_nodes, x_matrix = chebyshev_panels(width, self.epsilon)
+        y_nodes, y_matrix = chebyshev_panels(stop - start, self.epsilon)
         for top, nodes in zip(range(0, stop - start, len(y_matrix)), start + y_nodes):
             at_nodes = self._at_nodes(x_nodes.ravel(), nodes).reshape(*x_nodes.shape, -1)
             along_x = (x_matrix @ at_nodes).reshape(-1, len(nodes), self.n_channels)[:width]
@@ -610,16 +675,16 @@ class BackgroundModel:
 
     def _at_nodes(self, x, y):
         """Return the (len(x), len(y), n_channels) values on a grid, `BLOCK` pairs of node and center at a time."""
-        center_x, center_y = self.rbf.xi[:, None]
-        scale = 1 / self.rbf.epsilon
+        center_x, center_y = self.centers.T
+        scale = 1 / self.epsilon
         below = ((y[:, None] - center_y) * scale) ** 2 + 1
         values = np.empty((len(x), len(y), self.n_channels))
-        step = max(1, BLOCK // self.rbf.N)
+        step = max(1, BLOCK // len(self.centers))
         for column in range(0, len(x), step):
             here = slice(column, column + step)
             beside = ((x[here, None] - center_x) * scale) ** 2
             for row in range(len(y)):
-                values[here, row] = np.sqrt(beside + below[row]) @ self.rbf.nodes
+                values[here, row] = np.sqrt(beside + below[row]) @ self.weights
         constant, along_x, along_y = self.plane
         return values + (constant + x[:, None] * along_x)[:, None] + y[:, None] * along_y
 
@@ -688,24 +753,31 @@ def fit_background(points, levels, smooth='auto'):
     Raises
     ------
     RmgradientError
-        If the smoothness makes the equations singular.
+        If the smoothness makes the equations singular, or for more than `MOST_POINTS`: time grows with the third power
+        of their number, memory with the second.
     """
-    if smooth == 'auto':
-        choice = choose_model(points.centers, levels, points.leader)
-        plane, options = choice.plane, {'epsilon': choice.epsilon, 'smooth': choice.smooth}
-    else:
-        choice, plane, options = None, np.zeros((3, levels.shape[1])), {'smooth': smooth}
-    residuals = levels - (plane[0] + points.centers @ plane[1:])
+    if len(levels) > MOST_POINTS:
+        raise RmgradientError(f'{len(levels)} points are too many, they would take minutes and gigabytes; '
+                              f'give at most {MOST_POINTS}')
+    if smooth != 'auto':
+        return _fit_classic(points.centers, levels, smooth)
+    choice = choose_model(points.centers, levels, points.leader)
+    return BackgroundModel(points.centers, choice.weights, choice.epsilon, choice.plane, choice)
+
+
+def _fit_classic(centers, levels, smooth):
+    """Return the classic BackgroundModel."""
+    from scipy.interpolate import Rbf  # takes longer to load than most pictures to correct
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # "ill-conditioned": judged below by what matters
         try:
-            rbf = Rbf(*points.centers.T, residuals, function='multiquadric', mode='N-D', **options)
-            off = np.abs(rbf.A @ rbf.nodes - residuals).max()
+            rbf = Rbf(*centers.T, levels, function='multiquadric', mode='N-D', smooth=smooth)
+            off = np.abs(rbf.A @ rbf.nodes - levels).max()
         except np.linalg.LinAlgError:
             off = math.inf
     if not off <= 1e-6 * np.abs(levels).max():
         raise RmgradientError(f'--smooth {smooth} makes the equations of these points singular; choose another')
-    return BackgroundModel(rbf, plane, choice)
+    return BackgroundModel(centers, rbf.nodes, rbf.epsilon, np.zeros((3, levels.shape[1])))
 
 
 def find_pedestal(model, height, width, rows=ROWS, starmap=itertools.starmap):
@@ -1528,6 +1600,7 @@ def check_paths(inputs, outputs, overwrite):
     overwrite : bool
         Whether outputs may exist.
     """
+    sources = {_identity(path): path for path in inputs if os.path.exists(path)}
     places = {}
     for path in outputs:
         with about(path):
@@ -1539,10 +1612,9 @@ def check_paths(inputs, outputs, overwrite):
                 raise RmgradientError('is a folder; name a file')
             if is_device(path):
                 continue
-            for source in inputs:
-                if exists and os.path.exists(source) and os.path.samefile(path, source):
-                    raise RmgradientError(f'is the input {source}; choose another name for the output')
-            place = (os.stat(path).st_dev, os.stat(path).st_ino) if exists else os.path.normcase(real)
+            place = _identity(path) if exists else os.path.normcase(real)
+            if place in sources:
+                raise RmgradientError(f'is the input {sources[place]}; choose another name for the output')
             if place in places:
                 raise RmgradientError(f'is the same file as {places[place]}; choose another name')
             places[place] = path
@@ -1552,6 +1624,12 @@ def check_paths(inputs, outputs, overwrite):
                 raise RmgradientError('is not a regular file')
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise RmgradientError(f'no permission to write in the folder {folder}')
+
+
+def _identity(path):
+    """Return what tells a file from others, whatever it is called."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 def is_device(path):
@@ -1825,67 +1903,104 @@ def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', method='subtra
 
 def process(options):
     """Do what the command line asks for; options are those of `build_parser`."""
-    kinds = 'output', 'background', 'save_points', 'preview'
-    outputs = {kind: path for kind in kinds if (path := getattr(options, kind))}
-    inputs = [path for path in (options.input, options.points_file) if path and path != '-']
-    check_paths(inputs, outputs.values(), options.overwrite)
+    jobs = list_jobs(options)
+    inputs = [path for path in (*options.input, options.points_file) if path and path != '-']
+    check_paths(inputs, [path for _, outputs in jobs for path in outputs.values()], options.overwrite)
     if options.preview and not importlib.util.find_spec('matplotlib'):
         raise RmgradientError(f"{options.preview}: needs matplotlib; run: pip install 'rmgradient[plot]'")
-    with about(options.input):
-        image = TiffImage(options.input)
-    with image, threads(progress_bar()) as starmap:
+    points = read_points(options)
+    if len(jobs) == 1:
+        process_picture(*jobs[0], points, options, progress_bar('strip'))
+        return
+    n_failed = 0
+    for path, outputs in progress_bar('picture')(jobs, len(jobs)):
+        try:
+            process_picture(path, outputs, points, options, lambda results, total: results)
+        except (RmgradientError, OSError, MemoryError) as error:
+            logger.error('%s', explain(error, path))
+            n_failed += 1
+    if n_failed:
+        raise RmgradientError(f'{n_failed} of {len(jobs)} pictures failed, {len(jobs) - n_failed} are done')
+
+
+def list_jobs(options):
+    """Return the path of each picture, and {kind: path} of its outputs: in folders, if these are named."""
+    names = [os.path.normcase(os.path.basename(path)) for path in options.input]
+    for i, name in enumerate(names):
+        if (first := names.index(name)) != i:
+            raise RmgradientError(f'{options.input[first]} and {options.input[i]} have the same name, '
+                                  'and so would their outputs: correct them one by one')
+    several, jobs = len(options.input) > 1, []
+    for path in options.input:
+        name, outputs = os.path.basename(path), {}
+        for kind, ending in OUTPUTS.items():
+            output = getattr(options, kind)
+            if output and (several or os.path.isdir(output)):
+                if not os.path.isdir(output):
+                    raise RmgradientError(f'{output}: is no folder; name one that exists for several pictures')
+                output = os.path.join(output, os.path.splitext(name)[0] + ending if ending else name)
+            if output:
+                outputs[kind] = output
+        jobs.append((path, outputs))
+    return jobs
+
+
+def process_picture(path, outputs, points, options, progress):
+    """Correct one picture; `points` is None if they are to be chosen."""
+    with about(path):
+        image = TiffImage(path)
+    with image, threads(progress) as starmap:
         for warning in image.warnings:
-            logger.warning('%s: %s', options.input, warning)
-        points = find_points(options, image, starmap)
-        with about(options.input):
+            logger.warning('%s: %s', path, warning)
+        with about(path):
+            if points is None:
+                points, n_places = choose_points(image, options.auto, options.sigma, starmap)
+                logger.info('%s: %d points chosen from %d quiet places', path, len(points.x), n_places)
             levels, noise = measure_levels(image, points, options.sigma)
             model = fit_background(points, levels, options.smooth)
-        misfits = report_model(points, levels, noise, model)
-        thumbnails = [Thumbnail(*image.shape) for _ in range(3)] if options.preview else []
+        misfits = report_model(path, points, levels, noise, model)
+        thumbnails = [Thumbnail(*image.shape) for _ in range(3)] if 'preview' in outputs else []
         with whole_files(outputs, options.overwrite) as files:
-            if options.output:
-                pedestal, n_limited = write_pictures(files, image, model, options, thumbnails, starmap)
-            if options.save_points:
-                write_points(files['save_points'], points, image, options)
-            if options.preview:
-                kind = os.path.splitext(options.preview)[1][1:].lower()
-                with about(options.preview):
+            if 'output' in files:
+                pedestal, n_limited = write_pictures(path, outputs, files, image, model, options, thumbnails, starmap)
+            if 'save_points' in files:
+                with about(outputs['save_points']):
+                    write_points(files['save_points'], path, points, image, options)
+            if thumbnails:
+                kind = os.path.splitext(outputs['preview'])[1][1:].lower()
+                with about(outputs['preview']):
                     draw_preview(files['preview'], kind, thumbnails, image.shape, points, misfits)
-    if options.output:
+    if 'output' in outputs:
         if n_limited:
             logger.warning('%s: %d values below or above what %s can hold are limited',
-                           options.output, n_limited, image.dtype)
-        logger.info('%s: written; the sky is level at %s', options.output, in_words(pedestal))
+                           outputs['output'], n_limited, image.dtype)
+        logger.info('%s: written; the sky is level at %s', outputs['output'], in_words(pedestal))
 
 
-def find_points(options, image, starmap):
-    """Return the points of -p, -f or -a."""
+def read_points(options):
+    """Return the points of -p or -f, or None."""
     if options.points is not None:
         return make_points(options.points)
-    if options.auto is not None:
-        with about(options.input):
-            points, n_places = choose_points(image, options.auto, options.sigma, starmap)
-        logger.info('%d points chosen from %d quiet places', len(points.x), n_places)
-        return points
     if options.points_file == '-':
         with about('standard input'):
             with contextlib.suppress(AttributeError):  # closed, or no file
                 sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')
             return make_points(parse_points_file(sys.stdin or []))
-    with about(options.points_file), open(options.points_file, encoding='utf-8-sig', errors='replace') as lines:
-        return make_points(parse_points_file(lines))
+    if options.points_file:
+        with about(options.points_file), open(options.points_file, encoding='utf-8-sig', errors='replace') as lines:
+            return make_points(parse_points_file(lines))
+    return None
 
 
-def write_points(file, points, image, options):
+def write_points(file, path, points, image, options):
     """Write the points in the format of -f."""
     height, width, _ = image.shape
-    lines = [f'# {os.path.basename(options.input)}, {width} x {height} pixels, sigma {options.sigma:g}',
+    lines = [f'# {os.path.basename(path)}, {width} x {height} pixels, sigma {options.sigma:g}',
              *format_points(points)]
-    with about(options.save_points):
-        file.write(('\n'.join(lines) + '\n').encode('utf-8', 'replace'))
+    file.write(('\n'.join(lines) + '\n').encode('utf-8', 'replace'))
 
 
-def write_pictures(files, image, model, options, thumbnails, starmap):
+def write_pictures(path, outputs, files, image, model, options, thumbnails, starmap):
     """Write the corrected picture and the background; return the pedestal and how many values were limited.
 
     The pedestal needs the background of the whole frame: hence two passes over the model. The picture is read in the
@@ -1895,7 +2010,7 @@ def write_pictures(files, image, model, options, thumbnails, starmap):
     height, width, n_channels = image.shape
     pedestal = find_pedestal(model, height, width, options.rows, starmap)
     if options.method == 'divide':
-        with about(options.input):
+        with about(path):
             check_divisor(model, pedestal, height, width, options.rows)
     darkened = model.darkened(pedestal)
     writers = {kind: TiffStrips(files[kind], image, n_samples, options.rows, options.compress)
@@ -1903,13 +2018,13 @@ def write_pictures(files, image, model, options, thumbnails, starmap):
 
     def finish(start, stop):
         shrunk = lambda rows: [shrink(rows[..., :n_channels], start, thumbnails[0].factor)] if thumbnails else []
-        with about(options.input):
+        with about(path):
             strip = image.read(start, stop)
             before = shrunk(strip)
             n_limited = correct_rows(strip, start, darkened, options.method, pedestal, options.dither)
         encoded = {'output': writers['output'].encode(strip)}
-        background = model.evaluate(start, stop, width) if options.background or thumbnails else None
-        if options.background:
+        background = model.evaluate(start, stop, width) if 'background' in files or thumbnails else None
+        if 'background' in files:
             noise = dither_noise(start, stop, width, n_channels, stream=1) if options.dither else None
             encoded['background'] = writers['background'].encode(to_dtype(background, image.dtype, noise)[0])
         return encoded, n_limited, before + shrunk(background) + shrunk(strip)
@@ -1920,10 +2035,10 @@ def write_pictures(files, image, model, options, thumbnails, starmap):
         for thumbnail, sums in zip(thumbnails, shrunk):
             thumbnail.add(*sums)
         for kind, writer in writers.items():
-            with about(getattr(options, kind)):
+            with about(outputs[kind]):
                 writer.append(encoded[kind])
     for kind, writer in writers.items():
-        with about(getattr(options, kind)):
+        with about(outputs[kind]):
             writer.finish()
     return pedestal, total
 
@@ -1951,27 +2066,27 @@ def threads(progress):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def progress_bar():
+def progress_bar(unit):
     """Return a function that shows how far an iterable of some length is, on a terminal, if it takes a while."""
     if not (sys.stderr and sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)):
         return lambda results, total: results
     from tqdm import tqdm  # takes longer to load than most pictures to correct
-    return lambda results, total: tqdm(results, total=total, unit='strip', delay=1, leave=False)
+    return lambda results, total: tqdm(results, total=total, unit=unit, delay=1, leave=False)
 
 
-def report_model(points, levels, noise, model):
+def report_model(path, points, levels, noise, model):
     """Log what was chosen, warn of points that do not fit, and return their indices."""
     if not model.choice:
         return []
     choice = model.choice
-    logger.info('model: %s and a multiquadric of shape %.0f pixels and smoothness %.2g; '
+    logger.info('%s: model: %s and a multiquadric of shape %.0f pixels and smoothness %.2g; '
                 'points are predicted from the others to %s (root mean square)',
-                choice.trend, choice.epsilon, choice.smooth, in_words(np.sqrt((choice.errors**2).mean(axis=0))))
+                path, choice.trend, choice.epsilon, choice.smooth, in_words(np.sqrt((choice.errors**2).mean(axis=0))))
     misfits = find_misfits(points, levels, noise, choice)
     for i, error in misfits:
         hint = 'brighter than its neighbors suggest: on a star or nebula?' if error > 0 else (
             'darker than its neighbors suggest: on a dust cloud or border?')
-        logger.warning('point (%d, %d) is %.3g %s', points.x[i], points.y[i], abs(error), hint)
+        logger.warning('%s: point (%d, %d) is %.3g %s', path, points.x[i], points.y[i], abs(error), hint)
     return [i for i, _ in misfits]
 
 
@@ -1988,9 +2103,10 @@ def build_parser():
     parser = argparse.ArgumentParser(prog='rmgradient', description=description, epilog=start + rest, add_help=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     files = parser.add_argument_group('input and output')
-    files.add_argument('-i', '--input', metavar='FILE', required=True, help='picture to correct (TIFF)')
+    files.add_argument('-i', '--input', metavar='FILE', nargs='+', required=True, help='pictures to correct (TIFF)')
     files.add_argument('-o', '--output', metavar='FILE',
-                       help='corrected picture (TIFF of the same type); required, but for -a with --save-points')
+                       help='corrected picture (TIFF of the same type); required, but for -a with --save-points. '
+                       'For several pictures this is a folder that exists, and so are -b, --save-points and --preview')
     files.add_argument('-b', '--background', metavar='FILE', help='also write the background that is removed: '
                        'output = input - (background - its minimum)')
     files.add_argument('-c', '--compress', metavar='LEVEL', type=number(0, 9, int), default=0,
@@ -2052,8 +2168,8 @@ def number(lowest, highest, kind=float, word=None):
 
 
 def preview_name(path):
-    """Return a path if its ending is one of the kinds of previews, for argparse."""
-    if os.path.splitext(path)[1].lower() not in ('.png', '.pdf', '.svg'):
+    """Return a path if it is a folder, or its ending one of the kinds of previews, for argparse."""
+    if not os.path.isdir(path) and os.path.splitext(path)[1].lower() not in ('.png', '.pdf', '.svg'):
         raise argparse.ArgumentTypeError(f'{path!r} does not end in .png, .pdf or .svg')
     return path
 
@@ -2088,19 +2204,22 @@ def main(argv=None):
             return 0
         except Interrupted as interruption:
             return 128 + interruption.args[0]
-        except RmgradientError as error:
-            logger.error('%s', error)
-        except OSError as error:
-            logger.error('%s%s', f'{error.filename}: ' if error.filename else '', error.strerror or error)
-        except MemoryError:
-            logger.error('%s: not enough memory; lower --rows', options.input)
+        except (RmgradientError, OSError, MemoryError) as error:
+            logger.error('%s', explain(error, options.input[0]))
         return 1
+
+
+def explain(error, path):
+    """Return the message of what went wrong with a picture."""
+    if isinstance(error, OSError):
+        return f'{error.filename}: {error.strerror}' if error.filename else error.strerror or error
+    return f'{path}: not enough memory; lower --rows' if isinstance(error, MemoryError) else error
 
 
 @contextlib.contextmanager
 def log_to_stderr(quiet):
     """Show our messages, one line each, and none of tifffile's: what it complains of is an error or no matter."""
-    handler = logging.StreamHandler()
+    handler = _Handler()
     handler.setFormatter(_Formatter())
     library = logging.getLogger('tifffile')
     levels = logger.level, library.level
@@ -2115,6 +2234,14 @@ def log_to_stderr(quiet):
         library.setLevel(levels[1])
 
 
+class _Handler(logging.StreamHandler):
+    def emit(self, record):
+        if 'tqdm' in sys.modules and self.stream.isatty():  # a progress bar makes room
+            sys.modules['tqdm'].tqdm.write(self.format(record), file=self.stream)
+        else:
+            super().emit(record)
+
+
 class _Formatter(logging.Formatter):
     def format(self, record):
         kind = '' if record.levelno == logging.INFO else f'{record.levelname.lower()}: '
@@ -2127,11 +2254,8 @@ def run():
     Threads that still work on strips are not waited for, nor are the libraries taken apart, which takes a twentieth of
     an ordinary run: all files are complete or gone.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        # Keep freed memory for the next strip: to have it mapped and zeroed anew takes longer than to fill it.
-        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
-        libc.mallopt(mmap_threshold, 2**25)
-        libc.mallopt(trim_threshold, 2**30)
+    gc.freeze()  # the libraries are there to stay
+    gc.enable()
     status = main()
     with contextlib.suppress(AttributeError, OSError):  # closed, or broken
         sys.stderr.flush()

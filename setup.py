@@ -18,7 +18,8 @@ setup(
     py_modules=['rmgradient'],
     entry_points={'console_scripts': ['rmgradient = rmgradient:run']},
     python_requires='>=3.11',
-    install_requires=['numpy>=1.26', 'scipy>=1.11.2', 'tifffile[codecs]>=2024.8.10', 'tqdm>=4.60'],
+    install_requires=['numpy>=1.26', 'scipy>=1.11.2', 'tifffile[codecs]>=2024.8.10', 'threadpoolctl>=3.1.0',
+                      'tqdm>=4.60.0'],
     extras_require={
         'plot': ['matplotlib>=3.8'],
         'test': ['pytest>=8', 'pytest-cov>=5', 'hypothesis>=6.100', 'matplotlib>=3.8', 'ruff>=0.11', 'codespell>=2.3'],

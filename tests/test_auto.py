@@ -165,7 +165,7 @@ def big(cli):
 
 def test_auto_and_saved_points(big):
     assert big('--save-points', 'points', points=['-a']) == 0
-    assert re.search(r'^rmgradient: \d+ points chosen from \d+ quiet places$', big.stderr, re.MULTILINE)
+    assert re.search(r'^rmgradient: sky.tif: \d+ points chosen from \d+ quiet places$', big.stderr, re.MULTILINE)
     lines = (big.folder / 'points').read_text().splitlines()
     assert lines[0] == '# sky.tif, 900 x 600 pixels, sigma 8'
     expected, _ = rg.choose_points(big.sky)
@@ -285,12 +285,12 @@ def test_progress_bar_is_for_terminals(cli, monkeypatch):
     show = rg.progress_bar
     monkeypatch.setattr(sys, 'stderr', terminal := Terminal())
     rg.logger.setLevel('INFO')
-    assert list(show()(iter('abc'), 3)) == ['a', 'b', 'c']
+    assert list(show('picture')(iter('abc'), 3)) == ['a', 'b', 'c']
     assert terminal.text == ''  # over within a second
     monkeypatch.setattr(tqdm, 'tqdm', lambda results, **options: (terminal.write(f'{options}'), results)[1])
-    list(show()(iter('abc'), 3))
+    list(show('picture')(iter('abc'), 3))
     assert "'total': 3" in terminal.text
     rg.logger.setLevel('WARNING')
     terminal.text = ''
-    list(show()(iter('abc'), 3))
+    list(show('picture')(iter('abc'), 3))
     assert terminal.text == ''

@@ -159,8 +159,8 @@ def test_warning_names_a_point_on_a_star(cli):
     assert cli('-q', '--overwrite', points=['-p', *words(good)]) == 0
     assert cli.stderr == ''
     assert cli('-q', '--overwrite', points=['-p', *words([*good, (201, 150)])]) == 0
-    assert re.fullmatch(r'rmgradient: warning: point \(201, 150\) is [\d.e+]+ brighter than its neighbors suggest: '
-                        r'on a star or nebula\?\n', cli.stderr)
+    assert re.fullmatch(r'rmgradient: warning: sky.tif: point \(201, 150\) is [\d.e+]+ brighter than its neighbors '
+                        r'suggest: on a star or nebula\?\n', cli.stderr)
 
 
 # ---- wrong usage ----------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_readme_tells_the_options_and_their_defaults():
 def test_remarks_and_quiet(cli):
     assert cli() == 0
     lines = cli.stderr.splitlines()
-    assert re.fullmatch(r'rmgradient: model: (mean|plane) and a multiquadric of shape \d+ pixels and '
+    assert re.fullmatch(r'rmgradient: sky.tif: model: (mean|plane) and a multiquadric of shape \d+ pixels and '
                         r'smoothness [\d.e-]+; '
                         r'points are predicted from the others to \S+, \S+, \S+ \(root mean square\)', lines[0])
     assert lines[1].startswith('rmgradient: out.tif: written; the sky is level at ')
@@ -265,7 +265,8 @@ def test_output_that_exists(cli):
 def test_output_in_the_wrong_place(cli):
     cli.fails('-o', 'nowhere/out.tif', match='nowhere/out.tif: there is no folder')
     (cli.folder / 'folder').mkdir()
-    cli.fails('-o', 'folder', match='folder: is a folder')
+    (cli.folder / 'folder' / 'sky.tif').mkdir()
+    cli.fails('-o', 'folder', match='folder/sky.tif: is a folder')
     cli.fails('-b', 'nowhere/bg.tif', match='nowhere/bg.tif: there is no folder')
 
 
@@ -323,9 +324,9 @@ def test_script_through_xargs(tmp_path):
 
 
 @posix
-@pytest.mark.parametrize('tool', ['xargs', 'parallel'])
+@pytest.mark.parametrize('tool', ['-i *', 'xargs', 'parallel'])
 def test_commands_for_many_pictures(cli, tool):
-    if not shutil.which(tool):
+    if tool != '-i *' and not shutil.which(tool):
         pytest.skip(f'needs {tool}')
     for i in range(4):
         tifffile.imwrite(f'{i}.tif', cli.sky, photometric='rgb')
@@ -335,12 +336,13 @@ def test_commands_for_many_pictures(cli, tool):
     (cli.folder / 'rmgradient').chmod(0o755)
     section = (ROOT / 'README.rst').read_text(encoding='utf-8').split('\nMany pictures\n')[1].split('\nLimits\n')[0]
     commands = re.findall('^    (.+)', section, re.MULTILINE)
-    assert len(commands) == 3
-    command, = (command for command in commands if f'{tool} ' in command)
+    assert len(commands) == 5
+    command, = (command for command in commands if tool in command)
     done = subprocess.run(f'{commands[0]} && {command}', shell=True, capture_output=True, text=True,
                           env={**os.environ, 'PATH': f'{cli.folder}{os.pathsep}{os.environ["PATH"]}'})
     assert done.returncode != 0  # one of them failed
     assert 'rmgradient: error: 4.tif: not a TIFF file\n' in done.stderr
+    assert (tool != '-i *') == ('1 of 6 pictures failed, 5 are done' not in done.stderr)
     assert sorted(os.listdir('corrected')) == ['0.tif', '1.tif', '2.tif', '3.tif', 'sky.tif']
     outputs = [(cli.folder / 'corrected' / f'{i}.tif').read_bytes() for i in range(4)]
     assert len(set(outputs)) == 1
@@ -425,9 +427,9 @@ def test_commands_of_the_manual_page(tmp_path, monkeypatch):
 def test_requirements_are_the_same_everywhere():
     header, setup, oldest = ((ROOT / name).read_text(encoding='utf-8')
                              for name in ('rmgradient.py', 'setup.py', 'tests/constraints-oldest.txt'))
-    required = re.findall(r"'([^']+)'", re.search(r'install_requires=\[(.+)\]', setup)[1])
-    assert len(required) == 4
-    assert re.findall('"([^"]+)"', re.search(r'# dependencies = \[(.+)\]', header)[1]) == required
+    required = re.findall(r"'([^']+)'", re.search(r'install_requires=\[(.+?)\],', setup, re.DOTALL)[1])
+    assert len(required) == 5
+    assert re.findall('"([^"]+)"', re.search(r'# dependencies = \[(.+?)\]\n# ///', header, re.DOTALL)[1]) == required
     for requirement in required:
         assert '\n' + re.sub(r'\[.+\]', '', requirement).replace('>=', '==') in oldest
     python = re.search(r"python_requires='(.+)'", setup)[1]
@@ -440,4 +442,4 @@ def test_missing_library_is_one_line(tmp_path):
                           env={**os.environ, 'PYTHONPATH': str(tmp_path)})
     assert done.returncode == 1
     assert done.stderr == ('rmgradient: error: imagecodecs is missing; '
-                           'run: python -m pip install numpy scipy "tifffile[codecs]" tqdm\n')
+                           'run: python -m pip install numpy scipy "tifffile[codecs]" threadpoolctl tqdm\n')

@@ -4,6 +4,7 @@ import itertools
 import make_sky
 import numpy as np
 import pytest
+import threadpoolctl
 from conftest import scatter
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,6 +59,29 @@ def test_classic_model_goes_through_the_levels_without_smoothing():
     points, levels = problem()
     background = rg.fit_background(points, levels, 0).evaluate(0, HEIGHT, WIDTH)
     assert_allclose(background[points.y, points.x], levels, rtol=1e-9)
+
+
+def test_decompositions_take_one_thread_each(monkeypatch):
+    """Also for who imports us: threads of ours and threads of the BLAS would wait for each other."""
+    threads, eigh = [], np.linalg.eigh
+
+    def watch(matrix):
+        threads.extend(library['num_threads'] for library in threadpoolctl.threadpool_info()
+                       if library['user_api'] == 'blas' and 'numpy' in library['filepath'])
+        return eigh(matrix)
+    monkeypatch.setattr(np.linalg, 'eigh', watch)
+    with threadpoolctl.threadpool_limits(2):
+        before = threadpoolctl.threadpool_info()
+        rg.fit_background(*problem())
+        assert threadpoolctl.threadpool_info() == before
+    assert set(threads) <= {1}
+
+
+def test_too_many_points_are_refused():
+    points = rg.make_points([(i % 100, i // 100) for i in range(rg.MOST_POINTS + 1)])
+    for smooth in ('auto', 0.1):
+        with pytest.raises(rg.RmgradientError, match='5001 points are too many.*; give at most 5000'):
+            rg.fit_background(points, np.ones((len(points.x), 1)), smooth)
 
 
 def test_singular_smoothness_is_an_error():
@@ -235,11 +259,11 @@ def test_good_points_give_no_warning_and_bad_ones_do():
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 
-def assert_evaluates(model, height, width, rows):
-    """Compare some rows of groups, each evaluated by panels, with scipy's own evaluation."""
+def assert_evaluates(model, levels, height, width, rows):
+    """Compare some rows of groups, each evaluated by panels, with the sum of multiquadrics at single pixels."""
     rng = np.random.default_rng(8)
     starts = rng.choice(range(0, height, rows), min(3, -(-height // rows)), replace=False)
-    scale = np.ptp(model.rbf.di, axis=0) + np.abs(model.plane[1:]).sum() + np.finfo(float).tiny
+    scale = np.ptp(levels, axis=0) + np.abs(model.plane[1:]).sum() + np.finfo(float).tiny
     for start in starts.tolist():
         stop = min(start + rows, height)
         seen = np.zeros((stop - start, width), int)
@@ -250,7 +274,8 @@ def assert_evaluates(model, height, width, rows):
         some_y, some_x = rng.integers(start, stop, 40), rng.integers(0, width, 40)
         some_x[:2] = 0, width - 1
         some_y[:2] = start, stop - 1
-        direct = model.rbf(some_x.astype(float), some_y.astype(float)).reshape(40, -1)
+        distances = np.hypot(some_x[:, None] - model.centers[:, 0], some_y[:, None] - model.centers[:, 1])
+        direct = np.sqrt((distances / model.epsilon) ** 2 + 1) @ model.weights
         direct += np.stack([np.ones(40), some_x, some_y], axis=1) @ model.plane
         assert (np.abs(background[some_y - start, some_x] - direct) <= 1e-9 * scale).all()
 
@@ -273,7 +298,7 @@ def test_evaluation_is_direct_evaluation(data):
     points = rg.make_points(places)
     levels = rng.normal(1000, 30, (len(places), data.draw(st.sampled_from([1, 3]), 'n_channels')))
     smooth = data.draw(st.sampled_from(['auto', 0.1]), 'smooth') if n < 300 else 0.1
-    assert_evaluates(rg.fit_background(points, levels, smooth), height, width, rows)
+    assert_evaluates(rg.fit_background(points, levels, smooth), levels, height, width, rows)
 
 
 @pytest.mark.parametrize('rows', [1, 7, 99, 100, 1000])
