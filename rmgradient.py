@@ -9,7 +9,7 @@ r"""Remove the background gradient from a TIFF picture of the sky.
 
 The color of the sky is measured at points of empty sky, a smooth surface is
 fitted through these levels, and the surface is subtracted so that the
-background becomes level at its darkest value.
+background becomes level and gray.
 
 Points are pairs X Y of whole numbers, in pixels from the top left one (0 0),
 x to the right and y down. A pair with a minus sign before either number (-0
@@ -59,6 +59,7 @@ import importlib.util
 import itertools
 import logging
 import math
+import numbers
 import re
 import stat
 import struct
@@ -249,7 +250,8 @@ def measure_levels(image, points, sigma=SIGMA):
     Raises
     ------
     RmgradientError
-        If a measured point is too close to the border, a point is outside, or its surroundings are not all finite.
+        If a measured point is too close to the border, a point is outside, or its surroundings are not all finite, or
+        partly without data, see `no_data`.
     """
     height, width, n_channels = image.shape
     kernel = blur_kernel(sigma)
@@ -260,7 +262,11 @@ def measure_levels(image, points, sigma=SIGMA):
     for i in order[~points.on_isoline[order]]:
         x, y = points.x[i], points.y[i]
         with np.errstate(invalid='ignore', over='ignore'):  # inf - inf gives NaN
-            levels[i], noise[i] = _blur(image, y - radius, x - radius, kernel)
+            levels[i], noise[i], has_empty = _blur(image, y - radius, x - radius, kernel)
+        if has_empty and any(no_data(image[row:row + 1, 0:width])[0, x - radius:x + radius + 1].any()
+                             for row in range(y - radius, y + radius + 1)):
+            raise RmgradientError(f'point ({x}, {y}) has pixels without data within {radius} pixels, as beside the '
+                                  'frame of a stack; move it or lower --sigma')
         if not np.isfinite(levels[i]).all():
             raise RmgradientError(f'point ({x}, {y}) has NaN or infinite pixels within {radius} pixels; '
                                   'move it or lower --sigma')
@@ -268,17 +274,53 @@ def measure_levels(image, points, sigma=SIGMA):
 
 
 def _blur(image, top, left, kernel):
-    """Return the weighted mean of a window of the image, and its standard error; a Gaussian separates into x and y."""
+    """Return the weighted mean of a window of the image, its standard error, and whether it has empty pixels.
+
+    A Gaussian separates into x and y.
+    """
     squares = kernel**2
     # Sums of the rows: of the values, and with squared weights of the values and their squares.
-    sums = np.zeros((3, len(kernel), image.shape[2]))
+    sums, has_empty = np.zeros((3, len(kernel), image.shape[2])), False
     for start, stop in row_groups(len(kernel)):
-        window = image[top + start:top + stop, left:left + len(kernel)].astype(float)
+        window = image[top + start:top + stop, left:left + len(kernel)]
+        has_empty |= is_empty(window).any()
+        window = window.astype(float)
         sums[:, start:stop] = kernel @ window, squares @ window, squares @ window**2
     level = kernel @ sums[0]
     first, second = squares @ sums[1:]
     variance = second - 2 * level * first + level**2 * squares.sum() ** 2
-    return level, np.sqrt(np.maximum(variance, 0))
+    return level, np.sqrt(np.maximum(variance, 0)), has_empty
+
+
+def no_data(rows):
+    """Tell where whole rows of a picture have no data, as beside the frame of a registered stack.
+
+    Parameters
+    ----------
+    rows : (n_rows, width, n_channels) ndarray
+
+    Returns
+    -------
+    (n_rows, width) bool ndarray
+        True for pixels that are 0 or not finite in all channels, and so are all others from there to the left or the
+        right border. Zeros inside of the frame are data.
+
+    Notes
+    -----
+    The frame that holds data is convex, so that what is outside of it is at the start and at the end of rows.
+    """
+    empty = np.zeros(rows.shape[:2], bool)
+    reaches = is_empty(rows[:, [0, -1]]).any(axis=1)
+    if reaches.any():
+        some = is_empty(rows[reaches])
+        right = np.logical_and.accumulate(some[:, ::-1], axis=1)[:, ::-1]
+        empty[reaches] = np.logical_and.accumulate(some, axis=1) | right
+    return empty
+
+
+def is_empty(rows):
+    """Tell where pixels are 0 or not finite in all channels."""
+    return (rows == 0 if rows.dtype.kind in 'ui' else (rows == 0) | ~np.isfinite(rows)).all(axis=2)
 
 
 def row_groups(height, rows=ROWS):
@@ -617,9 +659,9 @@ class BackgroundModel:
         self.plane, self.choice = plane, choice
         self.n_channels = plane.shape[1]
 
-    def darkened(self, pedestal):
-        """Return the model less (n_channels,) constants; less its lowest values, it is what is subtracted."""
-        plane = self.plane - [pedestal, 0 * pedestal, 0 * pedestal]
+    def above(self, sky):
+        """Return the model less the (n_channels,) level of the sky: what is subtracted."""
+        plane = self.plane - [sky, 0 * sky, 0 * sky]
         return BackgroundModel(self.centers, self.weights, self.epsilon, plane, self.choice)
 
     def blocks(self, start, stop, width):
@@ -780,25 +822,6 @@ def _fit_classic(centers, levels, smooth):
     return BackgroundModel(centers, rbf.nodes, rbf.epsilon, np.zeros((3, levels.shape[1])))
 
 
-def find_pedestal(model, height, width, rows=ROWS, starmap=itertools.starmap):
-    """Return the (n_channels,) lowest background of each channel over all pixels of the frame, in data units.
-
-    Only those groups of rows are evaluated whose lower bound leaves the possibility that they hold it.
-    """
-    def bound(start, stop):
-        return model.lower_bound(start, stop, width)
-
-    def lowest(start, stop):
-        return np.min([block.min(axis=0).min(axis=0) for _, _, block in model.blocks(start, stop, width)], axis=0)
-
-    groups = row_groups(height, rows)
-    bounds = np.array(list(starmap(bound, groups)))
-    first = np.unique(bounds.argmin(axis=0))
-    found = np.min([lowest(*groups[i]) for i in first], axis=0)
-    rest = [groups[i] for i in np.flatnonzero((bounds < found).any(axis=1)) if i not in first]
-    return np.min([found, *starmap(lowest, rest)], axis=0)
-
-
 # ---- Automatic points -----------------------------------------------------------------------------------------------
 
 @np.errstate(over='ignore')  # as in `standing_out`
@@ -889,8 +912,8 @@ def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
 def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
     """Return the (n_places, 2) place of least variance in each cell of a grid, n cells along the longer side.
 
-    Windows two tiles wide are compared, a tile being as wide as the blur reaches. Those with pixels that are black in
-    all channels (borders of registered stacks), saturated or not finite are left out, and suspiciously smooth ones.
+    Windows two tiles wide are compared, a tile being as wide as the blur reaches. Those with pixels that are not
+    finite, without data (see `no_data`) in any channel, or transparent are left out, and suspiciously smooth ones.
     Memory: 17 bytes a tile and channel, and a row of tiles in float64 for each worker.
     """
     height, width, n_channels = image.shape
@@ -898,12 +921,19 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
     down, across = height // tile, width // tile
     if min(down, across) < 2:
         return np.empty((0, 2), int)
-    white = np.iinfo(image.dtype).max if image.dtype.kind in 'ui' else np.inf
 
     def survey(start, stop):
-        rows = image[start:stop, 0:across * tile]
-        bad = ((rows == 0).all(axis=2) | (rows >= white).any(axis=2)).reshape(tile, across, tile).any(axis=(0, 2))
-        rows = rows.astype(float).reshape(tile, across, tile, n_channels)
+        # Windows end with the first row and column of the tiles below and beside.
+        below = min(stop + 1, height)
+        rows = image[start:below, 0:width]
+        bad = np.any([no_data(rows[..., [c]]) for c in range(n_channels)], axis=0)
+        if rows.dtype.kind == 'f':
+            bad |= ~np.isfinite(rows).all(axis=2)
+        if hasattr(image, 'transparent'):
+            bad |= image.transparent(start, below)
+        reached = [bad[:, i:i + across * tile:tile].any(axis=0) for i in range(tile + 1)]
+        bad = np.any([np.pad(each, (0, across - len(each))) for each in reached], axis=0)
+        rows = rows[:tile, :across * tile].astype(float).reshape(tile, across, tile, n_channels)
         with np.errstate(invalid='ignore', over='ignore'):
             return rows.sum(axis=(0, 2)), (rows * rows).sum(axis=(0, 2)), bad
 
@@ -983,33 +1013,125 @@ def predict_others(choice, centers, levels, accepted):
     return errors, np.sqrt(np.maximum(variance, 1e-12))
 
 
+# ---- Sky level ------------------------------------------------------------------------------------------------------
+
+SKIES = 'gray', 'color', 'darkest'
+
+
+def find_sky(sky, method, levels, model, height, width, rows=ROWS, starmap=itertools.starmap):
+    """Return the level that the sky gets.
+
+    Parameters
+    ----------
+    sky : str, float or None
+        - 'gray': the same for all channels, the mean over them of the median level of the points;
+        - 'color': the median level of each channel, so that the sky keeps its average color;
+        - 'darkest': the lowest background of each channel in the frame, which takes a pass over the model;
+        - a number: this;
+        - None: 'darkest' for the classic model, or else 'color' to divide, since gray would change the colors of
+          stars, or else 'gray'.
+    method : str
+        See `correct`.
+    levels : (n_points, n_channels) ndarray
+        In data units.
+    model : BackgroundModel
+    height, width : int
+        Of the frame.
+
+    Returns
+    -------
+    (n_channels,) ndarray
+        In data units.
+
+    Raises
+    ------
+    RmgradientError
+        If `sky` is nothing of these, or for a level of 0 or less to divide by.
+    """
+    if sky is None:
+        sky = 'darkest' if model.choice is None else 'color' if method == 'divide' else 'gray'
+    median = np.median(levels, axis=0)
+    if sky == 'gray':
+        level = np.full_like(median, median.mean())
+    elif sky == 'color':
+        level = median
+    elif sky == 'darkest':
+        level = find_darkest(model, height, width, rows, starmap)
+    elif isinstance(sky, numbers.Real) and math.isfinite(sky):
+        level = np.full_like(median, sky)
+    else:
+        raise RmgradientError(f'the level of the sky, {sky!r}, is neither a number nor one of {", ".join(SKIES)}')
+    if method == 'divide':
+        check_divisor(model, height, width, rows)
+        if (level <= 0).any():
+            raise RmgradientError(f'to divide, the sky needs a level above 0, not {in_words(level)}')
+    return level
+
+
+def find_darkest(model, height, width, rows=ROWS, starmap=itertools.starmap):
+    """Return the (n_channels,) lowest background of each channel over all pixels of the frame, in data units.
+
+    Only those groups of rows are evaluated whose lower bound leaves the possibility that they hold it.
+    """
+    def bound(start, stop):
+        return model.lower_bound(start, stop, width)
+
+    def lowest(start, stop):
+        return np.min([block.min(axis=0).min(axis=0) for _, _, block in model.blocks(start, stop, width)], axis=0)
+
+    groups = row_groups(height, rows)
+    bounds = np.array(list(starmap(bound, groups)))
+    first = np.unique(bounds.argmin(axis=0))
+    found = np.min([lowest(*groups[i]) for i in first], axis=0)
+    rest = [groups[i] for i in np.flatnonzero((bounds < found).any(axis=1)) if i not in first]
+    return np.min([found, *starmap(lowest, rest)], axis=0)
+
+
+def is_classic(model, sky):
+    """Tell whether all is to be as in the program before, which knew nothing of pixels without data."""
+    return model.choice is None and sky in (None, 'darkest')
+
+
+def check_divisor(model, height, width, rows=ROWS):
+    """Raise RmgradientError, with the place, unless the background is positive everywhere."""
+    lowest, place = math.inf, None
+    for start, stop in row_groups(height, rows):
+        if (model.lower_bound(start, stop, width) > 0).all():
+            continue
+        for some_rows, columns, block in model.blocks(start, stop, width):
+            if block.min() < lowest:
+                lowest = block.min()
+                y, x, _ = np.unravel_index(block.argmin(), block.shape)
+                place = columns.start + int(x), start + some_rows.start + int(y)
+    if lowest <= 0:
+        raise RmgradientError(f'the background is {lowest:g} at {place}; '
+                              'to divide by it, it must be positive everywhere')
+
+
 # ---- Correction -----------------------------------------------------------------------------------------------------
 
-def correct(strip, shift, method='subtract', pedestal=None, dither=None):
+def correct(strip, shift, method='subtract', sky=None, dither=None):
     """Remove the background from a strip of the picture.
 
     Parameters
     ----------
     strip : (n_rows, width, n_channels) ndarray
     shift : (n_rows, width, n_channels) float64 ndarray
-        Background minus pedestal, in data units: 0 where the background is darkest, and positive elsewhere. What
-        `BackgroundModel.darkened` gives.
+        Background minus the level of the sky, in data units, of either sign: what `BackgroundModel.above` gives.
     method : str
         - 'subtract': strip - shift;
         - 'stretch': (strip - shift) * white / (white - shift): white, the largest integer or 1.0 for floats, stays;
-        - 'divide': strip * pedestal / (shift + pedestal).
-    pedestal : (n_channels,) ndarray, optional
-        Lowest background of the frame, in data units, for 'divide'.
+        - 'divide': strip * sky / background.
+    sky : (n_channels,) ndarray, optional
+        In data units, for 'divide'.
     dither : (n_rows, width, n_channels) ndarray, optional
         Noise uniform in -0.5 ... 0.5, added to integers before they are rounded.
 
     Returns
     -------
-    corrected : (n_rows, width, n_channels) ndarray
+    (n_rows, width, n_channels) ndarray
         Of the dtype of the strip. Integers are rounded to nearest and limited to their range. Floats are only cast:
         negative values stay, and so does NaN.
-    n_limited : int
-        Number of values that did not fit in the range.
 
     Raises
     ------
@@ -1021,7 +1143,7 @@ def correct(strip, shift, method='subtract', pedestal=None, dither=None):
             return _subtract_integers(strip, shift if dither is None else shift - dither)
         return to_dtype(strip - shift, strip.dtype)
     if method == 'divide':
-        return to_dtype(strip * (pedestal / (shift + pedestal)), strip.dtype, dither)
+        return to_dtype(strip * (sky / (shift + sky)), strip.dtype, dither)
     white = np.iinfo(strip.dtype).max if strip.dtype.kind in 'ui' else 1.0
     if strip.dtype.kind == 'f' and (strip > white).any():
         raise RmgradientError('stretching takes 1.0 for white, but there are values up to '
@@ -1032,13 +1154,12 @@ def correct(strip, shift, method='subtract', pedestal=None, dither=None):
 
 
 def to_dtype(values, dtype, dither=None):
-    """Return float64 values in a dtype, integers after dither, rounding and limiting, and how many were limited."""
+    """Return float64 values in a dtype, integers after dither, rounding and limiting."""
     if np.dtype(dtype).kind == 'f':
         with np.errstate(over='ignore'):  # a huge value becomes infinite
-            return values.astype(dtype), 0
+            return values.astype(dtype)
     values = np.rint(values if dither is None else values + dither)
-    limited = np.clip(values, np.iinfo(dtype).min, _largest(dtype))
-    return limited.astype(dtype), np.count_nonzero(limited != values)
+    return np.clip(values, np.iinfo(dtype).min, _largest(dtype)).astype(dtype)
 
 
 def _largest(dtype):
@@ -1048,26 +1169,37 @@ def _largest(dtype):
 
 
 def _subtract_integers(strip, shift):
-    """Return strip - shift, rounded and limited, and how many values were limited.
+    """Return strip - shift, rounded and limited.
 
     Rounding the shift instead of the difference allows exact integers of the strip's own size, which are several times
     faster than float64; it differs only where the difference is halfway between two integers.
     """
-    unsigned, shift = np.dtype(f'u{strip.itemsize}'), np.rint(shift)
-    if shift.max() > _largest(unsigned):  # more than any difference
+    unsigned, signed = (np.dtype(f'{kind}{strip.itemsize}') for kind in 'ui')
+    shift = np.rint(shift)
+    lowest, highest = shift.min(), shift.max()
+    if max(-lowest, highest) >= 2.0 ** (8 * strip.itemsize - 1):
         return to_dtype(strip - shift, strip.dtype)
-    shift = shift.astype(unsigned)
-    if is_signed := strip.dtype != unsigned:  # counted from the lowest value
-        lowest = np.array(np.iinfo(strip.dtype).min, strip.dtype).view(unsigned)
-        offset = strip.view(unsigned) ^ lowest
-    else:
-        offset = strip
-    n_limited = np.count_nonzero(offset < shift)
-    difference = np.maximum(offset, shift)
-    difference -= shift
-    if is_signed:
-        difference ^= lowest
-    return difference.view(strip.dtype), n_limited
+    shift = shift.astype(signed)
+    # Counted from the lowest value of the dtype, all is unsigned. Limited first, the difference can't wrap.
+    origin = np.array(np.iinfo(strip.dtype).min, strip.dtype).view(unsigned)
+    result = strip.view(unsigned) ^ origin if strip.dtype != unsigned else strip
+    if highest > 0:
+        result = np.maximum(result, np.maximum(shift, 0).view(unsigned))
+    if lowest < 0:
+        result = np.minimum(result, ~np.maximum(-shift, 0).view(unsigned))  # ~x is the largest value less x
+    result = result - shift.view(unsigned)
+    return (result ^ origin if strip.dtype != unsigned else result).view(strip.dtype)
+
+
+def newly_limited(before, after):
+    """Return how many pixels got a channel to the smallest and to the largest integer that was not there before."""
+    counts = np.zeros(2, int)
+    if after.dtype.kind in 'ui':
+        limits = np.iinfo(after.dtype)
+        for i, (limit, reached) in enumerate([(limits.min, after.min()), (limits.max, after.max())]):
+            if reached == limit:
+                counts[i] = np.count_nonzero(((after == limit) & (before != limit)).any(axis=2))
+    return counts
 
 
 def dither_noise(start, stop, width, n_channels, stream=0):
@@ -1081,8 +1213,8 @@ def dither_noise(start, stop, width, n_channels, stream=0):
     return np.stack(rows) - 0.5
 
 
-def correct_rows(strip, start, model, method='subtract', pedestal=None, dither=False):
-    """Remove the background from rows of the picture, in place, and return how many values were limited.
+def correct_rows(strip, start, model, method='subtract', sky=None, dither=False, keep_no_data=True):
+    """Remove the background from rows of the picture, in place.
 
     Parameters
     ----------
@@ -1091,34 +1223,31 @@ def correct_rows(strip, start, model, method='subtract', pedestal=None, dither=F
     start : int
         First row.
     model : BackgroundModel
-        Darkened by the pedestal.
-    method, pedestal
+        Above the level of the sky.
+    method, sky
         See `correct`.
     dither : bool
         Whether integers are dithered before they are rounded, see `dither_noise`.
+    keep_no_data : bool
+        Whether pixels without data stay as they are, see `no_data`.
+
+    Returns
+    -------
+    (2,) int ndarray
+        Pixels that became black and white, see `newly_limited`.
     """
     stop, width, n_channels = start + len(strip), strip.shape[1], model.n_channels
     noise = dither_noise(start, stop, width, n_channels) if dither else None
-    n_limited = 0
+    empty = no_data(strip[..., :n_channels]) if keep_no_data else np.zeros(strip.shape[:2], bool)
+    kept = strip[empty]
+    n_limited = np.zeros(2, int)
     for rows, columns, shift in model.blocks(start, stop, width):
         color = strip[rows, columns, :n_channels]
-        color[...], n = correct(color, shift, method, pedestal, noise[rows, columns] if dither else None)
-        n_limited += n
+        corrected = correct(color, shift, method, sky, noise[rows, columns] if dither else None)
+        n_limited += newly_limited(color, corrected)
+        color[...] = corrected
+    strip[empty] = kept
     return n_limited
-
-
-def check_divisor(model, pedestal, height, width, rows=ROWS):
-    """Raise RmgradientError, with the place, unless the background is positive everywhere."""
-    if (pedestal > 0).all():
-        return
-    lowest, place = math.inf, None
-    for start, stop in row_groups(height, rows):
-        for some_rows, columns, block in model.blocks(start, stop, width):
-            if block.min() < lowest:
-                lowest = block.min()
-                y, x, _ = np.unravel_index(block.argmin(), block.shape)
-                place = columns.start + int(x), start + some_rows.start + int(y)
-    raise RmgradientError(f'the background is {lowest:g} at {place}; to divide by it, it must be positive everywhere')
 
 
 # ---- TIFF directories -----------------------------------------------------------------------------------------------
@@ -1323,6 +1452,12 @@ class TiffImage:
     def __getitem__(self, window):
         rows, columns = window
         return self.read(rows.start, rows.stop, columns.start, columns.stop)[..., :self.shape[2]]
+
+    def transparent(self, start, stop):
+        """Tell which pixels of rows start to stop - 1 have an alpha of 0, (n_rows, width)."""
+        if 2 not in self.extra_samples:
+            return np.zeros((stop - start, self.shape[1]), bool)
+        return self.read(start, stop)[..., self.shape[2] + self.extra_samples.index(2)] == 0
 
     def read(self, start, stop, left=0, right=None):
         """Return rows start to stop - 1 as a (n_rows, n_columns, n_samples) ndarray in native byte order."""
@@ -1786,28 +1921,27 @@ class Thumbnail:
         return self._sums / self._counts
 
 
-def stretch_midtones(pictures):
-    """Return pictures in 0 ... 1, all stretched alike so that faint light shows.
+def stretch_midtones(picture, like=None):
+    """Return a picture in 0 ... 1, stretched so that faint light shows, with one curve for all channels.
 
-    The screen transfer function of astronomers: black 2.8 deviations (see `robust_std`) below the
-    median, and the midtones transfer function that takes the median to a quarter, for each channel.
+    The screen transfer function of astronomers: black 2.8 deviations (see `robust_std`) below the median, and the
+    midtones transfer function that takes the median to a quarter; of this picture or of one like it.
     """
-    values = np.concatenate([picture.reshape(-1, picture.shape[2]) for picture in pictures])
-    values = values[np.isfinite(values).all(axis=1)]
-    median = np.median(values, axis=0)
-    black = np.maximum(median - 2.8 * robust_std(values - median), values.min(axis=0))
-    scale = np.maximum(values.max(axis=0) - black, np.finfo(float).tiny)
-    middle = np.clip((median - black) / scale, 1e-6, 0.999)
+    values = (picture if like is None else like).ravel()
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return np.zeros(picture.shape)
+    median = np.median(values)
+    black = max(median - 2.8 * robust_std(values - median), values.min())
+    scale = max(values.max() - black, np.finfo(float).tiny)
+    middle = min(max((median - black) / scale, 1e-6), 0.999)
     midtones = 3 * middle / (2 * middle + 1)  # solves (m - 1) x / ((2 m - 1) x - m) = 1/4 for m at x = middle
-    stretched = []
-    for picture in pictures:
-        x = np.clip((picture - black) / scale, 0, 1)
-        stretched.append(np.clip((midtones - 1) * x / ((2 * midtones - 1) * x - midtones), 0, 1))
-    return stretched
+    x = np.clip((picture - black) / scale, 0, 1)
+    return np.clip((midtones - 1) * x / ((2 * midtones - 1) * x - midtones), 0, 1)
 
 
-def draw_preview(file, kind, thumbnails, shape, points, misfits):
-    """Draw before, background with points, and after, side by side.
+def draw_preview(file, kind, thumbnails, shape, points, misfits, sky):
+    """Draw before, background with points, and after, side by side; what became black is blue.
 
     Parameters
     ----------
@@ -1815,12 +1949,14 @@ def draw_preview(file, kind, thumbnails, shape, points, misfits):
     kind : str
         'png', 'pdf' or 'svg'.
     thumbnails : list of Thumbnail
-        Before, background and after.
+        Before, background, after, and what became black.
     shape : (int, int, int)
         Height, width and number of channels of the frame, for the axes.
     points : Points
     misfits : list of int
         Indices of points with a warning.
+    sky : (n_channels,) ndarray
+        Its level.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -1829,10 +1965,14 @@ def draw_preview(file, kind, thumbnails, shape, points, misfits):
     panel = 5 * np.array([width, height]) / max(width, height)
     figure = Figure(figsize=(3 * panel[0] + 1.5, panel[1] + 0.8), layout='constrained')
     FigureCanvasAgg(figure)
-    pictures = stretch_midtones([thumbnail.means() for thumbnail in thumbnails])
-    for axes, picture, title in zip(figure.subplots(1, 3), pictures, ['before', 'background', 'after']):
-        axes.imshow(picture if picture.shape[2] == 3 else picture[..., 0], cmap='gray', vmin=0, vmax=1,
-                    extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
+    *means, black = [thumbnail.means() for thumbnail in thumbnails]
+    before, background, after = means
+    stretched = stretch_midtones(before), stretch_midtones(background, before), stretch_midtones(after)
+    pictures = [np.broadcast_to(picture, (*picture.shape[:2], 3)).copy() for picture in stretched]
+    pictures[2][black.max(axis=2) > 0.5] = 0, 0.2, 1
+    titles = 'before', 'background', f'after, the sky at {in_words(np.unique(sky))}'
+    for axes, picture, title in zip(figure.subplots(1, 3), pictures, titles):
+        axes.imshow(picture, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
         axes.set_title(title)
         axes.set_autoscale_on(False)
         if title == 'background':
@@ -1846,8 +1986,8 @@ def draw_preview(file, kind, thumbnails, shape, points, misfits):
 
 # ---- Pipeline -------------------------------------------------------------------------------------------------------
 
-def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', method='subtract', dither=False, rows=ROWS,
-                    return_model=False):
+def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', sky=None, method='subtract', dither=False,
+                    rows=ROWS, return_model=False):
     """Remove the background gradient from an array, as the command does from a file.
 
     Parameters
@@ -1860,6 +2000,8 @@ def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', method='subtra
         Blur at the points, in pixels, see `measure_levels`.
     smooth : 'auto' or float
         See `fit_background`.
+    sky : 'gray', 'color', 'darkest', float or None
+        Level that the sky gets, see `find_sky`.
     method : str
         'subtract', 'stretch' or 'divide', see `correct`.
     dither : bool
@@ -1891,12 +2033,10 @@ def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', method='subtra
     points = points if isinstance(points, Points) else make_points(points)
     levels, _ = measure_levels(corrected, points, sigma)
     model = fit_background(points, levels, smooth)
-    pedestal = find_pedestal(model, height, width, rows)
-    if method == 'divide':
-        check_divisor(model, pedestal, height, width, rows)
-    darkened = model.darkened(pedestal)
+    level = find_sky(sky, method, levels, model, height, width, rows)
+    above, keep_no_data = model.above(level), not is_classic(model, sky)
     for start, stop in row_groups(height, rows):
-        correct_rows(corrected[start:stop], start, darkened, method, pedestal, dither)
+        correct_rows(corrected[start:stop], start, above, method, level, dither, keep_no_data)
     corrected = corrected.reshape(image.shape)
     return (corrected, model) if return_model else corrected
 
@@ -1959,22 +2099,22 @@ def process_picture(path, outputs, points, options, progress):
             levels, noise = measure_levels(image, points, options.sigma)
             model = fit_background(points, levels, options.smooth)
         misfits = report_model(path, points, levels, noise, model)
-        thumbnails = [Thumbnail(*image.shape) for _ in range(3)] if 'preview' in outputs else []
+        thumbnails = [Thumbnail(*image.shape) for _ in range(4)] if 'preview' in outputs else []
         with whole_files(outputs, options.overwrite) as files:
             if 'output' in files:
-                pedestal, n_limited = write_pictures(path, outputs, files, image, model, options, thumbnails, starmap)
+                with about(path):
+                    sky = find_sky(options.sky, options.method, levels, model, *image.shape[:2], options.rows, starmap)
+                n_limited = write_pictures(path, outputs, files, image, model, sky, options, thumbnails, starmap)
             if 'save_points' in files:
                 with about(outputs['save_points']):
                     write_points(files['save_points'], path, points, image, options)
             if thumbnails:
                 kind = os.path.splitext(outputs['preview'])[1][1:].lower()
                 with about(outputs['preview']):
-                    draw_preview(files['preview'], kind, thumbnails, image.shape, points, misfits)
+                    draw_preview(files['preview'], kind, thumbnails, image.shape, points, misfits, sky)
     if 'output' in outputs:
-        if n_limited:
-            logger.warning('%s: %d values below or above what %s can hold are limited',
-                           outputs['output'], n_limited, image.dtype)
-        logger.info('%s: written; the sky is level at %s', outputs['output'], in_words(pedestal))
+        report_limited(outputs['output'], 100 * n_limited / (image.shape[0] * image.shape[1]))
+        logger.info('%s: written; the sky is level at %s', outputs['output'], in_words(sky))
 
 
 def read_points(options):
@@ -2000,19 +2140,14 @@ def write_points(file, path, points, image, options):
     file.write(('\n'.join(lines) + '\n').encode('utf-8', 'replace'))
 
 
-def write_pictures(path, outputs, files, image, model, options, thumbnails, starmap):
-    """Write the corrected picture and the background; return the pedestal and how many values were limited.
+def write_pictures(path, outputs, files, image, model, sky, options, thumbnails, starmap):
+    """Write the corrected picture and the background; return how many pixels became black and white.
 
-    The pedestal needs the background of the whole frame: hence two passes over the model. The picture is read in the
-    second one alone, beside the points. Memory: a few strips a worker. Before, background and after are added to
-    thumbnails, if there are any.
+    Memory: a few strips a worker. Before, background, after and what became black are added to thumbnails, if there are
+    any.
     """
     height, width, n_channels = image.shape
-    pedestal = find_pedestal(model, height, width, options.rows, starmap)
-    if options.method == 'divide':
-        with about(path):
-            check_divisor(model, pedestal, height, width, options.rows)
-    darkened = model.darkened(pedestal)
+    above, lowest = model.above(sky), np.iinfo(image.dtype).min if image.dtype.kind in 'ui' else 0
     writers = {kind: TiffStrips(files[kind], image, n_samples, options.rows, options.compress)
                for kind, n_samples in (('output', image.n_samples), ('background', n_channels)) if kind in files}
 
@@ -2020,16 +2155,18 @@ def write_pictures(path, outputs, files, image, model, options, thumbnails, star
         shrunk = lambda rows: [shrink(rows[..., :n_channels], start, thumbnails[0].factor)] if thumbnails else []
         with about(path):
             strip = image.read(start, stop)
-            before = shrunk(strip)
-            n_limited = correct_rows(strip, start, darkened, options.method, pedestal, options.dither)
+            before, was_black = shrunk(strip), strip[..., :n_channels] <= lowest if thumbnails else None
+            n_limited = correct_rows(strip, start, above, options.method, sky, options.dither,
+                                     keep_no_data=not is_classic(model, options.sky))
         encoded = {'output': writers['output'].encode(strip)}
         background = model.evaluate(start, stop, width) if 'background' in files or thumbnails else None
         if 'background' in files:
             noise = dither_noise(start, stop, width, n_channels, stream=1) if options.dither else None
-            encoded['background'] = writers['background'].encode(to_dtype(background, image.dtype, noise)[0])
-        return encoded, n_limited, before + shrunk(background) + shrunk(strip)
+            encoded['background'] = writers['background'].encode(to_dtype(background, image.dtype, noise))
+        black = (strip[..., :n_channels] <= lowest) & ~was_black if thumbnails else None
+        return encoded, n_limited, before + shrunk(background) + shrunk(strip) + shrunk(black)
 
-    total = 0
+    total = np.zeros(2, int)
     for encoded, n_limited, shrunk in starmap(finish, row_groups(height, options.rows)):
         total += n_limited
         for thumbnail, sums in zip(thumbnails, shrunk):
@@ -2040,7 +2177,7 @@ def write_pictures(path, outputs, files, image, model, options, thumbnails, star
     for kind, writer in writers.items():
         with about(outputs[kind]):
             writer.finish()
-    return pedestal, total
+    return total
 
 
 @contextlib.contextmanager
@@ -2072,6 +2209,16 @@ def progress_bar(unit):
         return lambda results, total: results
     from tqdm import tqdm  # takes longer to load than most pictures to correct
     return lambda results, total: tqdm(results, total=total, unit=unit, delay=1, leave=False)
+
+
+def report_limited(path, percent):
+    """Warn of pixels that became black or white, in percent, (2,), and say what to do about it."""
+    cures = ('raise the sky with --sky NUMBER, or add a point of empty sky in a dark corner that has none',
+             'lower the sky with --sky NUMBER, or keep white with --stretch')
+    for part, color, cure in zip(percent, ('black', 'white'), cures):
+        if part > 0:
+            logger.log(logging.WARNING if part >= 0.01 else logging.INFO, '%s: %s of the pixels became %s; %s', path,
+                       f'{part:.2f} %' if part >= 0.01 else 'less than 0.01 %', color, cure)
 
 
 def report_model(path, points, levels, noise, model):
@@ -2108,7 +2255,7 @@ def build_parser():
                        help='corrected picture (TIFF of the same type); required, but for -a with --save-points. '
                        'For several pictures this is a folder that exists, and so are -b, --save-points and --preview')
     files.add_argument('-b', '--background', metavar='FILE', help='also write the background that is removed: '
-                       'output = input - (background - its minimum)')
+                       'output = input - (background - sky)')
     files.add_argument('-c', '--compress', metavar='LEVEL', type=number(0, 9, int), default=0,
                        help='deflate level of the files written, 0 is none (default: %(default)s)')
     files.add_argument('--save-points', metavar='FILE', help='write the points used, for -f')
@@ -2137,10 +2284,14 @@ def build_parser():
     how = correction.add_mutually_exclusive_group()
     how.add_argument('--divide', dest='method', action='store_const', const='divide', default='subtract',
                      help='divide by the background instead of subtracting it, for vignetting: '
-                     'output = input * minimum / background')
+                     'output = input * sky / background')
     how.add_argument('--stretch', dest='method', action='store_const', const='stretch',
                      help='scale each pixel after the subtraction so that white (the largest integer, 1.0 for floats) '
                      'stays white')
+    correction.add_argument('--sky', metavar='LEVEL', type=sky_level, help='level that the sky gets: gray, the same '
+                            'for all channels, the mean over them of the median level of the points; color, the median '
+                            'level of each channel; darkest, the lowest background of each channel; or a number '
+                            '(default: gray; color with --divide; darkest with --smooth NUMBER)')
     correction.add_argument('--dither', action='store_true',
                             help='add noise of one count before integers are rounded, so that no bands show')
 
@@ -2165,6 +2316,14 @@ def number(lowest, highest, kind=float, word=None):
                                              f'from {lowest:g} to {highest:g}')
         return value
     return convert
+
+
+def sky_level(text):
+    """Return the word or the number of --sky, for argparse."""
+    with contextlib.suppress(ValueError):
+        if text in SKIES or math.isfinite(float(text)):
+            return text if text in SKIES else float(text)
+    raise argparse.ArgumentTypeError(f'{text!r} is neither a number nor one of {", ".join(SKIES)}')
 
 
 def preview_name(path):

@@ -68,6 +68,54 @@ def test_black_borders_saturated_cores_and_holes_are_avoided():
     assert all(np.isfinite(holes[y - 24:y + 25, x - 24:x + 25]).all() for x, y in zip(points.x, points.y))
 
 
+@pytest.mark.parametrize('edge', [*range(788, 820), 876, 899])
+def test_windows_that_are_offered_are_never_refused(edge):
+    """Rows and columns of NaN or zeros from anywhere: what -a offers, measure_levels takes."""
+    sky, _, _ = sky_with(n_channels=1)
+    sky = np.rot90(sky).astype(np.float32)  # 900 x 600
+    sky[edge:] = np.nan
+    sky[:, :edge - 780] = 0
+    y, x = np.mgrid[0:900, 0:600]
+    sky[x + y < edge - 600] = 0
+    places = rg.find_quiet_places(sky, 15, 8.0)
+    assert len(places) > 90
+    rg.measure_levels(sky, rg.make_points(places))
+
+
+def test_borders_of_some_channels_and_transparent_pixels_are_avoided(tmp_path):
+    sky, _, _ = sky_with()
+    sky[:, :100, 1:] = 0
+    sky[:50, :, 0] = 0
+    alpha = np.full((HEIGHT, WIDTH, 1), 65535, np.uint16)
+    alpha[300:400, 500:700] = 0
+    tifffile.imwrite(tmp_path / 'a.tif', np.concatenate([sky, alpha], axis=2), photometric='rgb',
+                     planarconfig='contig', extrasamples=[2])
+    with rg.TiffImage(tmp_path / 'a.tif') as image:
+        places = rg.find_quiet_places(image, 15, 8.0)
+    x, y = places.T
+    assert len(places) > 90
+    assert x.min() >= 124
+    assert y.min() >= 74
+    assert not ((x > 476) & (x < 724) & (y > 276) & (y < 424)).any()
+    places = rg.find_quiet_places(np.where(sky == 0, 7, sky), 15, 8.0)
+    assert places.min() < 60  # it is the zeros
+
+
+def test_type_and_scale_of_the_picture_do_not_matter():
+    sky = (sky_with()[0] // 257).astype(np.uint8)
+    sky[100:130, 100:130] = 255  # saturated
+    points, _ = rg.choose_points(sky)
+    background = rg.fit_background(points, rg.measure_levels(sky, points)[0]).evaluate(0, HEIGHT, WIDTH)
+    for other, scale in [(sky.astype(np.uint16) * 257, 257), (sky / np.float32(255), 1 / 255),
+                         (sky.astype(np.float32) * 1000, 1000), (sky.astype(np.int32) * 65536, 65536)]:
+        again, _ = rg.choose_points(other)
+        assert_array_equal(again.x, points.x)
+        assert_array_equal(again.y, points.y)
+        model = rg.fit_background(again, rg.measure_levels(other, again)[0])
+        # float32 has 24 bits: 6e-8 of 255.
+        assert_allclose(model.evaluate(0, HEIGHT, WIDTH) / scale, background, rtol=0, atol=1e-4)
+
+
 def test_choice_does_not_depend_on_threads_and_scale():
     sky, _, _ = sky_with()
     points, _ = rg.choose_points(sky)
@@ -261,8 +309,10 @@ def test_thumbnail_is_the_mean_of_blocks(size):
 def test_midtones_take_the_median_to_a_quarter():
     picture = np.random.default_rng(15).normal(1000, 30, (100, 100, 3))
     picture[0, :10] = 60000
-    stretched, = rg.stretch_midtones([picture])
+    stretched = rg.stretch_midtones(picture)
     assert_allclose(np.median(stretched, axis=(0, 1)), 0.25, atol=0.01)
+    assert_array_equal(rg.stretch_midtones(picture[:5], picture), stretched[:5])
+    assert not rg.stretch_midtones(np.full((4, 4, 1), np.nan)).any()
     assert stretched.max() == 1
     order = np.argsort(picture[..., 0], axis=None)
     assert (np.diff(stretched[..., 0].ravel()[order]) >= 0).all()

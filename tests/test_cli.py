@@ -21,9 +21,10 @@ def expected(sky, points, smooth='auto', sigma=8.0, n_channels=3):
     """Return corrected picture and background in float64, on whole frames."""
     height, width = sky.shape[:2]
     points = rg.make_points(points)
-    model = rg.fit_background(points, rg.measure_levels(sky[..., :n_channels], points, sigma)[0], smooth)
-    background = model.evaluate(0, height, width)
-    return sky[..., :n_channels] - (background - background.min(axis=(0, 1))), background
+    levels, _ = rg.measure_levels(sky[..., :n_channels], points, sigma)
+    background = rg.fit_background(points, levels, smooth).evaluate(0, height, width)
+    level = np.median(levels, axis=0).mean() if smooth == 'auto' else background.min(axis=(0, 1))
+    return sky[..., :n_channels] - (background - level), background
 
 
 # ---- the job --------------------------------------------------------------------------------------------------------
@@ -55,11 +56,16 @@ def test_every_type(cli, dtype, n_samples):
     assert cli.files() == ['bg.tif', 'out.tif', 'sky.tif']
 
 
-def test_output_is_input_minus_background_plus_pedestal(cli):
+def test_output_is_input_minus_background_plus_sky(cli):
     tifffile.imwrite('sky.tif', cli.sky.astype(np.float64), photometric='rgb')
-    assert cli('-b', 'bg.tif') == 0
-    sky, out, background = (tifffile.imread(f'{name}.tif') for name in ('sky', 'out', 'bg'))
-    np.testing.assert_allclose(out, sky - background + background.min(axis=(0, 1)), rtol=0, atol=1e-9)
+    medians = np.median(rg.measure_levels(cli.sky, rg.make_points(cli.points))[0], axis=0)
+    for options, smooth, level in [([], 'auto', medians.mean()), (['--sky', 'color'], 'auto', medians),
+                                   (['--sky', 'darkest'], 'auto', None), ([], 0.1, None), (['--sky', '70'], 'auto', 70),
+                                   (['--sky', '-150'], 0.1, -150)]:
+        assert cli('-b', 'bg.tif', '-m', smooth, *options, '--overwrite') == 0
+        sky, out, background = (tifffile.imread(f'{name}.tif') for name in ('sky', 'out', 'bg'))
+        level = background.min(axis=(0, 1)) if level is None else level
+        np.testing.assert_allclose(out, sky - background + level, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize('rows', [1, 13, 100, 1000])
@@ -218,14 +224,35 @@ def test_logging_is_left_as_it_was(cli):
     assert before == (logger.level, list(logger.handlers), logging.getLogger('tifffile').level)
 
 
-def test_limited_values_are_counted(cli):
+def test_pixels_that_become_black_are_counted_and_explained(cli):
     sky = cli.sky.copy()
-    sky[80:, :20] = 5  # black where the glow is strong
+    sky[80:, :20] = 5  # where the glow is weaker than the sky: lifted
+    sky[:10, -20:-6] = 5  # where it is strong: black
+    sky[:10, -5:] = 0  # no data
+    sky[3:7, -10:-7] = 0  # black before
+    sky[30:33, -10:-7] = 65535  # white before
     tifffile.imwrite('sky.tif', sky, photometric='rgb')
-    assert cli('-q') == 0
-    corrected, _ = expected(sky, cli.points)
-    n_limited = np.count_nonzero(corrected < -0.5)
-    assert f'warning: out.tif: {n_limited} values below or above what uint16 can hold' in cli.stderr
+    assert cli('-q', '-s', 4) == 0
+    corrected, _ = expected(sky, cli.points, sigma=4.0)
+    percent = 100 * ((corrected < -0.5) & (sky > 0)).any(axis=2).mean()
+    assert 0.5 < percent < 3
+    assert cli.stderr == (f'rmgradient: warning: out.tif: {percent:.2f} % of the pixels became black; raise the sky '
+                          'with --sky NUMBER, or add a point of empty sky in a dark corner that has none\n')
+    assert cli('-q', '-s', 4, '--sky', '65500', '--overwrite') == 0
+    assert re.search(r'warning: out.tif: \d\d.\d\d % of the pixels became white; lower the sky with --sky', cli.stderr)
+    tifffile.imwrite('sky.tif', cli.sky, photometric='rgb')
+    assert cli('-q', '--overwrite') == 0
+    assert cli.stderr == ''
+    cli.sky[40, 60] = 1  # one pixel is no news
+    tifffile.imwrite('sky.tif', cli.sky, photometric='rgb')
+    assert cli('-s', 2, '--overwrite') == 0
+    assert 'warning' not in cli.stderr
+
+
+def test_sky_that_is_no_level(cli):
+    for word in ('grey', 'nan', 'inf', ''):
+        cli.fails('--sky', word, status=2, match='is neither a number nor one of gray, color, darkest')
+    cli.fails('--sky', '-5', '--divide', match='sky.tif: to divide, the sky needs a level above 0, not -5, -5, -5')
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -85,3 +85,16 @@ def test_bad_pixel_in_a_window_is_named(bad):
     sky[40 + 24, 50 - 24, 1] = 1
     sky[40 + 25, 50 - 24, 1] = bad  # just outside of the window of that point, and far from the others
     assert (rg.measure_levels(sky, rg.make_points([(25, 25), (50, 40), (70, 30)]))[0] > 0.99).all()
+
+
+def test_window_that_is_partly_without_data_is_an_error():
+    sky = np.ones((100, 100, 3), np.uint16)
+    sky[:, 76:] = 0
+    places = [(25, 25), (50, 40), (40, 60)]
+    assert (rg.measure_levels(sky, rg.make_points(places))[0] > 0.99).all()
+    with pytest.raises(rg.RmgradientError, match=r'point \(52, 40\) has pixels without data within 24 pixels'):
+        rg.measure_levels(sky, rg.make_points([*places, (52, 40)]))
+    sky[:, 95:] = 1  # zeros inside of the frame are data
+    assert rg.measure_levels(sky, rg.make_points([*places, (52, 40)]))[0].min() < 0.9999
+    sky[:, 95:], sky[:, 76:, 0] = 0, 1  # and so are zeros in some of the channels
+    assert rg.measure_levels(sky, rg.make_points([*places, (52, 40)]))[0][3].min() < 0.9999

@@ -142,8 +142,8 @@ def test_plane_picture_becomes_constant(dtype):
     points = rg.make_points(scatter(HEIGHT, WIDTH, 30))
     levels, _ = rg.measure_levels(sky, points)
     model = rg.fit_background(points, levels)
-    darkened = model.darkened(rg.find_pedestal(model, HEIGHT, WIDTH))
-    corrected, _ = rg.correct(sky, darkened.evaluate(0, HEIGHT, WIDTH))
+    above = model.above(rg.find_darkest(model, HEIGHT, WIDTH))
+    corrected = rg.correct(sky, above.evaluate(0, HEIGHT, WIDTH))
     # The picture was rounded, and the output is: one count. float32 holds 7 digits of values below 1.
     assert np.ptp(corrected.astype(float)) <= (1e-6 if dtype is np.float32 else 1)
 
@@ -309,15 +309,15 @@ def test_groups_of_rows_change_nothing_but_rounding(rows):
     assert_allclose(groups, model.evaluate(0, HEIGHT, WIDTH), rtol=0, atol=1e-9 * np.ptp(levels))
 
 
-def test_pedestal_is_the_lowest_background():
+def test_darkest_is_the_lowest_background():
     points, levels = problem()
     model = rg.fit_background(points, levels)
     background = model.evaluate(0, HEIGHT, WIDTH)
-    darkened = model.darkened(background.min(axis=(0, 1))).evaluate(0, HEIGHT, WIDTH)
-    assert_allclose(darkened.min(axis=(0, 1)), 0, rtol=0, atol=1e-9)
-    assert_allclose(darkened, background - background.min(axis=(0, 1)), rtol=0, atol=1e-9)
+    above = model.above(background.min(axis=(0, 1))).evaluate(0, HEIGHT, WIDTH)
+    assert_allclose(above.min(axis=(0, 1)), 0, rtol=0, atol=1e-9)
+    assert_allclose(above, background - background.min(axis=(0, 1)), rtol=0, atol=1e-9)
     for rows in (1, 64, 1000):
-        assert_allclose(rg.find_pedestal(model, HEIGHT, WIDTH, rows), background.min(axis=(0, 1)), rtol=1e-12)
+        assert_allclose(rg.find_darkest(model, HEIGHT, WIDTH, rows), background.min(axis=(0, 1)), rtol=1e-12)
 
 
 @pytest.mark.parametrize('seed', range(5))

@@ -15,11 +15,14 @@ import rmgradient as rg
 
 
 @pytest.mark.parametrize('options', [[], ['--divide'], ['--stretch'], ['--dither'], ['-s', '4', '-m', '0.1'],
+                                     ['--sky', 'color'], ['--sky', '300'],
                                      ['--divide', '--dither']])
 def test_function_does_what_the_command_does(cli, options):
     assert cli(*options) == 0
     method = 'divide' if '--divide' in options else 'stretch' if '--stretch' in options else 'subtract'
     more = {'sigma': 4.0, 'smooth': 0.1} if '-m' in options else {}
+    if '--sky' in options:
+        more['sky'] = 300 if '300' in options else options[1]
     corrected, model = rg.remove_gradient(cli.sky, cli.points, method=method, dither='--dither' in options,
                                           return_model=True, **more)
     assert_array_equal(corrected, tifffile.imread('out.tif'))
@@ -44,6 +47,7 @@ def test_shape_and_type_are_kept(dtype, n_channels):
 @pytest.mark.parametrize(('arguments', 'match'), [
     ({'image': np.zeros((90, 120), complex)}, 'no picture'), ({'image': np.zeros(90)}, 'no picture'),
     ({'image': np.zeros((0, 5))}, 'no picture'), ({'method': 'multiply'}, "'multiply' is none of"),
+    ({'sky': 'grey'}, "'grey', is neither a number"), ({'sky': np.nan}, 'neither'),
     ({'points': [(30, 30)]}, 'too few'), ({'sigma': -1}, '0.1 to 10000'), ({'sigma': 20}, 'lower --sigma')])
 def test_errors_are_values(arguments, match):
     with pytest.raises(ValueError, match=match) as caught:

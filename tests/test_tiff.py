@@ -233,12 +233,12 @@ def test_things_that_are_no_files(cli):
 @posix
 def test_file_that_shrinks_while_it_is_read(cli, monkeypatch):
     tifffile.imwrite('sky.tif', cli.sky, photometric='rgb', rowsperstrip=10)
-    find_pedestal = rg.find_pedestal
+    find_sky = rg.find_sky
 
     def shrink(*arguments):
         os.truncate('sky.tif', 20000)
-        return find_pedestal(*arguments)
-    monkeypatch.setattr(rg, 'find_pedestal', shrink)
+        return find_sky(*arguments)
+    monkeypatch.setattr(rg, 'find_sky', shrink)
     assert cli() == 1
     assert 'sky.tif: damaged: it ends at byte 20000' in cli.stderr
     assert cli.files() == ['sky.tif']
