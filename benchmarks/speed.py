@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure time and memory of rmgradient, beside a plain copy of the file, and print a table (reStructuredText).
 
-Each row is the median of several runs of whole processes, each in turn with the copy, which is as durable: read and
-written by tifffile, synchronized. Direct evaluation, `Rbf` on all pixels in groups of 100 rows, is measured on
-a few groups and multiplied; it counts twice, since the pedestal is needed before the first pixel is written. For
-deflate the time of the encoder alone, on all cores, stands in the last column.
+Each row is the median of several runs of whole processes, each in turn with what it is compared with: a plain copy
+that is as durable (read and written by tifffile, synchronized), for a small picture the import of the libraries alone,
+and for a hundred pictures in one process a process for each. Beside the seconds stands the processor time. For deflate
+the time of the encoder alone, on all cores, stands in the last column.
 
 usage: speed.py [--runs N] [--folder DIR] [--quick | --gigapixel] [RMGRADIENT.py]
 """
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -22,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-from scipy.interpolate import Rbf
 
-COPY = ("import os, numpy, tifffile; from scipy.interpolate import Rbf; f = open('copy.tif', 'w+b'); "
+IMPORT = 'import numpy, tifffile, imagecodecs'
+COPY = ("import os, numpy, tifffile; f = open('copy.tif', 'w+b'); "
         "tifffile.imwrite(f, tifffile.imread('{}')); f.flush(); os.fsync(f.fileno())")
 ENCODE = """
 import imagecodecs, tifffile, concurrent.futures
@@ -38,8 +39,8 @@ with concurrent.futures.ThreadPoolExecutor(len(__import__('os').sched_getaffinit
 
 
 def run(command, folder):
-    """Run a command; return seconds and peak memory in MB (Linux), asked for every few milliseconds."""
-    peak = 0
+    """Run a command; return seconds, processor seconds, and peak memory in MB (Linux), asked for often."""
+    peak, before = 0, os.times()
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder)
     while process.poll() is None:
@@ -50,7 +51,9 @@ def run(command, folder):
     seconds = time.perf_counter() - start
     if process.returncode:
         sys.exit(f'{command}: {process.returncode}')
-    return seconds, peak
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return seconds, used, peak
 
 
 def make_picture(path, width, height, rowsperstrip=100, **options):
@@ -85,19 +88,6 @@ def draw_points(n, width, height):
     return np.unique(np.c_[rng.integers(24, width - 24, n), rng.integers(24, height - 24, n)], axis=0)
 
 
-def direct_seconds(points, width, height):
-    """Return the time that two passes of direct evaluation on all pixels would take, from two groups of rows."""
-    rng = np.random.default_rng(3)
-    rbf = Rbf(*points.T.astype(float), rng.normal(1000, 50, (len(points), 3)), mode='N-D', smooth=0.1)
-    rows = min(100, height)
-    y, x = np.mgrid[0.0:rows, 0.0:width]
-    rbf(x[:1], y[:1])
-    start = time.perf_counter()
-    for _ in range(2):
-        rbf(x, y)
-    return (time.perf_counter() - start) * height / rows
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('script', nargs='?', default=Path(__file__).resolve().parent.parent / 'rmgradient.py')
@@ -109,6 +99,9 @@ def main():
     cases = [  # name, width, height, points, options, how the input is written, rows of its strips
         ('uncompressed', 6000, 4000, 40, [], {}, 100),
         ('uncompressed', 6000, 4000, 500, [], {}, 100),
+        ('classic', 6000, 4000, 40, ['-m', '0.1'], {}, 100),
+        ('-a', 6000, 4000, 0, ['-a'], {}, 100),
+        ('small', 600, 400, 40, [], {}, 100),
         ('uncompressed', 6000, 16000, 40, [], {}, 100),
         ('deflate out', 6000, 4000, 40, ['-c', '1'], {}, 100),
         ('deflate in', 6000, 4000, 40, [], {'compression': 'zlib'}, 16),
@@ -116,7 +109,7 @@ def main():
         ('one strip in', 6000, 4000, 40, [], {'compression': 'zlib'}, 4000),
     ]
     if options.quick:
-        options.runs, cases = 1, [(name, width // 10, height // 10, *rest) for name, width, height, *rest in cases]
+        options.runs, cases = 1, [(name, min(width, 600), min(height, 400), *rest) for name, width, height, *rest in cases]
     if options.gigapixel:
         cases.append(('uncompressed', 32000, 32000, 40, [], {}, 100))
     processor = platform.processor()
@@ -125,34 +118,54 @@ def main():
         processor = next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
     print(f'{len(os.sched_getaffinity(0))} cores, {processor}; Python {platform.python_version()}, '
           f'numpy {np.__version__}, tifffile {tifffile.__version__}; medians of {options.runs} runs\n')
-    rule = ' '.join('=' * n for n in (14, 13, 6, 8, 8, 8, 9, 9, 9))
-    names = f"{'file':14} {'pixels':13} points {'time':8} {'memory':8} {'copy':8} time/copy direct/t. encoder"
+    rule = ' '.join('=' * n for n in (14, 13, 6, 8, 9, 8, 8, 9, 9))
+    names = f"{'file':14} {'pixels':13} points {'time':8} processor {'memory':8} {'beside':8} {'time/it':9} encoder"
     print(rule, names, rule, sep='\n')
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for name, width, height, n_points, arguments, writing, rows in cases:
             make_picture(Path(folder, 'in.tif'), width, height, rows, **writing)
-            points = draw_points(n_points, width, height)
-            command = [sys.executable, str(options.script), '-q', '-i', 'in.tif', '-o', 'out.tif', *arguments,
-                       '-p', *map(str, points.ravel())]
-            large = width * height > 2e8
-            ours, copies, memory = [], [], 0
-            for _ in range(1 if large else options.runs):
-                if not large:  # tifffile would read it whole
-                    copies.append(run([sys.executable, '-c', COPY.format('in.tif')], folder)[0])
-                    Path(folder, 'copy.tif').unlink()
-                seconds, peak = run(command, folder)
-                ours.append(seconds)
-                memory = max(memory, peak)
-                Path(folder, 'out.tif').unlink()
-            encoder = ''
-            if arguments:
-                alone = [run([sys.executable, '-c', ENCODE.format('in.tif')], folder)[0] for _ in range(3)]
-                encoder = f'{statistics.median(alone):.2f} s'
-            took, copy = statistics.median(ours), statistics.median(copies) if copies else None
-            print(f'{name:14} {f"{width} x {height}":13} {n_points:<6} {f"{took:.2f} s":8} {f"{memory:.0f} MB":8} '
-                  f'{f"{copy:.2f} s" if copy else "":8} {f"{took / copy:.2f}" if copy else "":9} '
-                  f'{direct_seconds(points, width, height) / took:<9.0f} {encoder}', flush=True)
+            points = ['-p', *map(str, draw_points(n_points, width, height).ravel())] if n_points else []
+            command = [sys.executable, str(options.script), '-q', '-i', 'in.tif', '-o', 'out.tif', *arguments, *points]
+            large = width * height > 2e8  # tifffile would read it whole
+            beside = None if large else [sys.executable, '-c', IMPORT if name == 'small' else COPY.format('in.tif')]
+            alone = statistics.median(run([sys.executable, '-c', ENCODE.format('in.tif')], folder)[0]
+                                      for _ in range(options.runs)) if name == 'deflate out' else None
+            print_row(name, f'{width} x {height}', n_points, command, beside, 1 if large else options.runs, folder,
+                      alone)
+        hundred_pictures(options, folder, 10 if options.quick else 100)
     print(rule)
+
+
+def print_row(name, pixels, n_points, command, beside, n_runs, folder, encoder=None):
+    """Run two commands in turn, and print a row of medians; `beside` may be None."""
+    ours, others = [], []
+    for _ in range(n_runs):
+        if beside:
+            others.append(run(beside, folder))
+        ours.append(run(command, folder))
+        for path in Path(folder).glob('*.tif'):
+            if path.name != 'in.tif':
+                path.unlink()
+    took, used, memory = (statistics.median(values) for values in zip(*ours))
+    other = statistics.median(seconds for seconds, *_ in others) if beside else None
+    print(f'{name:14} {pixels:13} {n_points or "":<6} {f"{took:.2f} s":8} {f"{used:.2f} s":9} {f"{memory:.0f} MB":8} '
+          f'{f"{other:.2f} s" if beside else "":8} {f"{took / other:.2f}" if beside else "":9} '
+          f'{f"{encoder:.2f} s" if encoder else ""}', flush=True)
+
+
+def hundred_pictures(options, folder, n):
+    """Print a row of many pictures in one process, beside one process each."""
+    for name in ('night', 'corrected'):
+        Path(folder, name).mkdir()
+    for i in range(n):
+        make_picture(Path(folder, 'night', f'{i:03}.tif'), 1000, 800)
+    Path(folder, 'points').write_text('\n'.join(f'{x} {y}' for x, y in draw_points(40, 1000, 800)))
+    command = [sys.executable, str(options.script), '-q', '--overwrite', '-o', 'corrected', '-f', 'points', '-i']
+    pictures = [str(path) for path in sorted(Path(folder, 'night').iterdir())]
+    script = Path(folder, 'each.sh')
+    script.write_text('\n'.join(shlex.join([*command, picture]) for picture in pictures))
+    print_row(f'{n} pictures', '1000 x 800', 40, [*command, *pictures], ['sh', str(script)], min(options.runs, 3),
+              folder)
 
 
 if __name__ == '__main__':
