@@ -119,7 +119,7 @@ def main():
     print(f'{len(os.sched_getaffinity(0))} cores, {processor}; Python {platform.python_version()}, '
           f'numpy {np.__version__}, tifffile {tifffile.__version__}; medians of {options.runs} runs\n')
     rule = ' '.join('=' * n for n in (14, 13, 6, 8, 9, 8, 8, 9, 9))
-    names = f"{'file':14} {'pixels':13} points {'time':8} processor {'memory':8} {'beside':8} {'time/it':9} encoder"
+    names = f"{'file':14} {'pixels':13} points {'time':8} processor {'memory':8} {'beside':8} time/it   encoder"
     print(rule, names, rule, sep='\n')
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for name, width, height, n_points, arguments, writing, rows in cases:
