@@ -109,7 +109,8 @@ def main():
         ('one strip in', 6000, 4000, 40, [], {'compression': 'zlib'}, 4000),
     ]
     if options.quick:
-        options.runs, cases = 1, [(name, min(width, 600), min(height, 400), *rest) for name, width, height, *rest in cases]
+        options.runs = 1
+        cases = [(name, min(width, 600), min(height, 400), *rest) for name, width, height, *rest in cases]
     if options.gigapixel:
         cases.append(('uncompressed', 32000, 32000, 40, [], {}, 100))
     processor = platform.processor()
