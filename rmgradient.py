@@ -86,7 +86,6 @@ AUTO = 15  # points along the longer side
 SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the distance between points
 SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
 MISFIT = 6.0  # a point is worth a warning if it is off by this many standard deviations
-REJECT = 5.0  # a place is no sky if it is above the prediction by this many standard deviations
 LEAST_PLACES = 8  # that a model is chosen from
 MOST_POINTS = 5000  # that a model is fitted to
 BLOCK = 2**17  # float64 values at a time, 1 MB: with fewer, threads wait for the interpreter; more leave the cache
@@ -138,6 +137,11 @@ class Points(NamedTuple):
     def centers(self):
         """(n_points, 2) float64 ndarray: the places x, y."""
         return np.stack([self.x, self.y], axis=1).astype(float)
+
+    def subset(self, kept):
+        """Return some of the points, (n_points,) bool; on an isoline the first of those kept is the leader."""
+        _, first, group = np.unique(self.leader[kept], return_index=True, return_inverse=True)
+        return Points(self.x[kept], self.y[kept], first[group])
 
 
 def parse_coordinates(words):
@@ -824,8 +828,30 @@ def _fit_classic(centers, levels, smooth):
 
 # ---- Automatic points -----------------------------------------------------------------------------------------------
 
+DEGREES = range(1, 9)  # of the polynomials; a higher one would follow nebulae
+AGREES = 1.3  # times the 99 % quantile of chi-squared: a place within is on the surface
+DROPPED = 5.0  # cost of a place off the surface: with 8, broad surfaces that swallow nebulae win; with 3, it collapses
+BELOW = 4.0  # deviations: a place so far below the surface costs more, since little is darker than the sky
+LEAST_VARIANCE = 0.25  # of the levels about the surface, in units of their noise: nothing is gained below
+NEIGHBORS = 1.7  # cells: places no farther are neighbors, also across a corner
+RIM = 0.4  # a place with a larger part of its neighbors off the surface is on the rim of a nebula
+CORNER = 6  # places: a smaller group in a corner is a glow that ends there
+STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to be left out, to come back, and beside what is left out
+LEAST_GIVEN = 5  # certain points that others can grow from: of fewer, none is predicted by the others
+AS_PREDICTED, ROUNDS = 2.0, 30  # typical errors within which a place joins, and how often all are judged at most
+MOST_SCATTER, LEAST_SKY = 4.0, 0.6  # noises, and part of the places: beyond, they are said not to agree
+
+
+class Chosen(NamedTuple):
+    """Points that were chosen, out of how many quiet places, and whether these agree on a smooth surface."""
+
+    points: Points
+    n_places: int
+    agree: bool
+
+
 @np.errstate(over='ignore')  # as in `standing_out`
-def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
+def choose_points(image, n=AUTO, sigma=SIGMA, given=None, starmap=itertools.starmap):
     """Choose points of empty sky.
 
     Parameters
@@ -836,12 +862,13 @@ def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
         Points along the longer side of the grid that one is chosen from each cell of.
     sigma : float
         Blur at the points, in pixels: what they are chosen for.
+    given : Points, optional
+        Certain points: all are kept, and the surface that tells sky from nebula has to go through them.
 
     Returns
     -------
-    points : Points
-    n_places : int
-        Quiet places that were considered.
+    Chosen
+        The given points come first.
 
     Raises
     ------
@@ -850,63 +877,283 @@ def choose_points(image, n=AUTO, sigma=SIGMA, starmap=itertools.starmap):
 
     Notes
     -----
-    Each cell offers its quietest place. Those on nebulae are brighter than the sky around them, and so many that they
-    must not have a vote. So the first judge is a surface below most places (`fit_floor`), which nebulae barely lift. It
-    cuts off the peaks of strong glows, too, but the model through the accepted places then grows: rejected places that
-    it predicts join. Light domes end at the border of the frame and nebulae rarely do, so that places in the outer two
-    cells join more easily, and all at once; others join from near to far. Whatever still stands out above the
-    prediction of the others is left out.
+    Each cell offers its quietest place. A glow is smooth to the noise and a nebula is not: sky is the largest set of
+    places that agree on one smooth surface (`find_consensus`). The rims of what is left out go, too, and small corners
+    come back. Where the places do not agree, or not with the certain points, sky grows from these instead, if there are
+    enough. Then the adaptive model leaves out what stands out above it, and takes in the peaks of glows.
     """
     height, width, _ = image.shape
     places = find_quiet_places(image, n, sigma, starmap)
-    if len(places) < LEAST_PLACES:
+    if given is not None:
+        places = places[distances_between(places.astype(float), given.centers).min(axis=1) > 2 * sigma]
+    else:
+        given = Points(*np.zeros((3, 0), int))
+    n_given, n_all = len(given.x), len(given.x) + len(places)
+    if n_all < LEAST_PLACES:
         raise RmgradientError(f'too few places of empty sky, {len(places)}; lower --sigma or give points with -p')
-    levels, noise = measure_levels(image, make_points(places), sigma)
-    noise = np.median(noise, axis=0)
-    centers = places.astype(float)
-    above = levels - fit_floor(centers, levels, max(height, width))
-    below = np.array([robust_std(channel[channel <= max(channel.min(), 0)]) for channel in above.T])
-    height_above = (above / np.maximum(below, noise)).max(axis=1)
-    # Never too few to begin with: of few places, the surface may touch so many that the usual distance is none.
-    accepted = height_above <= max(REJECT, np.quantile(height_above, max(0.15, LEAST_PLACES / len(places))))
-    cell = max(height, width) / n
-    from_border = np.minimum(places, [width, height] - places).min(axis=1)
-    reach = np.where(from_border < 2 * cell, 8.0, 2.5)  # typical errors within which a place may join
+    points = Points(*np.hstack([given, [*places.T, np.arange(n_given, n_all)]]))
+    levels, noise = measure_levels(image, points, sigma)
+    noise = with_rounding(np.median(noise, axis=0), image, places, sigma)
+    certain = np.arange(n_all) < n_given
+    sites = Sites(points, levels, noise, certain, np.array([width, height]), max(height, width) / n)
+    with one_blas_thread():
+        sky, scatter = find_consensus(sites)
+        agree = scatter < MOST_SCATTER and sky.mean() > LEAST_SKY and sky[certain].all()
+        if agree or n_given < LEAST_GIVEN:
+            sky |= small_corners(sky, sites)
+            sky = (sky & ~rims(sky, sites)) | certain
+        else:
+            sky, agree = grow_from_certain(sites), True
+        sky = leave_faint_ends(follow_model(sky, sites), sites)
+    return Chosen(points.subset(sky), len(places), agree)
 
-    def fit():
-        if accepted.sum() < LEAST_PLACES:
-            raise RmgradientError(f'too few places of empty sky, {accepted.sum()}; give points with -p')
-        return choose_model(centers[accepted], levels[accepted], np.arange(accepted.sum()))
 
-    def reject(choice, limit, where):
-        """Reject the places that stand out most, of some, and tell whether there are any."""
-        excess = standing_out(choice.errors, choice.spread, robust_std(choice.spread), noise).max(axis=1)
-        excess[~where[accepted]] = 0
-        out = np.flatnonzero(accepted)[excess > max(limit, 0.6 * excess.max())]
-        accepted[out] = False
-        return len(out) > 0
+class Sites(NamedTuple):
+    """Places that may be sky."""
 
-    def grow(choice):
-        """Accept rejected places that the model predicts, and tell whether there are any."""
-        errors, deviation = predict_others(choice, centers, levels, accepted)
-        distance = np.abs(standing_out(errors, errors / deviation[:, None], robust_std(choice.spread), noise))
-        joins = distance.max(axis=1) < reach[~accepted]
-        # Inside of the frame, first where the model is most certain: elsewhere, anything is as it predicts.
-        joins &= (deviation <= 2 * deviation[joins].min(initial=np.inf)) | (from_border < 2 * cell)[~accepted]
-        joining = np.flatnonzero(~accepted)[joins]
-        accepted[joining] = True
-        reach[joining] = 0  # once only: it may be found to stand out later
-        return len(joining) > 0
+    points: Points
+    levels: np.ndarray  # (n_places, n_channels), data units
+    noise: np.ndarray  # (n_channels,): median standard error of the levels
+    certain: np.ndarray  # (n_places,): given by the user
+    size: np.ndarray  # width and height of the frame
+    cell: float  # side of a cell, in pixels
 
-    everywhere = np.ones(len(places), bool)
-    while reject(choice := fit(), REJECT, everywhere) or grow(choice):
+    def from_border(self):
+        """Return the (n_places, 2) distances from the nearer border in x and y."""
+        return np.minimum(self.points.centers, self.size - self.points.centers)
+
+    def neighbors(self):
+        """Return which places are neighbors, (n_places, n_places) bool; none is its own."""
+        distances = distances_between(self.points.centers, self.points.centers)
+        np.fill_diagonal(distances, np.inf)
+        return distances < NEIGHBORS * self.cell
+
+
+def with_rounding(noise, image, places, sigma):
+    """Return the (n_channels,) noise of levels, or the error of rounding where the noise of pixels can not hide it.
+
+    The step is the smallest difference between pixels side by side, so that it scales with the picture.
+    """
+    radius, pixel_noise = math.ceil(3 * sigma), noise * 2 * math.sqrt(math.pi) * sigma
+    rows = [image[y:y + 1, x - radius:x + radius + 1][0].astype(float) for x, y in places]
+    differences = [np.abs(np.diff(row, axis=0)) for row in rows]
+    differences = np.vstack([*differences, np.zeros((1, len(noise)))])
+    step = np.where(differences > 0, differences, np.inf).min(axis=0)
+    step[np.isinf(step)] = 0
+    return np.where(pixel_noise < step / 2, step / math.sqrt(12), noise)
+
+
+def find_consensus(sites):
+    """Find the largest set of places that agree on one smooth surface to within the noise.
+
+    Parameters
+    ----------
+    sites : Sites
+
+    Returns
+    -------
+    sky : (n_places,) bool ndarray
+    scatter : float
+        Standard deviation of their levels about the surface, in units of their noise, of the channels together.
+
+    Notes
+    -----
+    A trimmed regression, in the manner of least trimmed squares and of the minimum covariance determinant (Rousseeuw
+    and Van Driessen 1999, Technometrics 41, 212; 2006, Data Mining and Knowledge Discovery 12, 29), over polynomials of
+    several degrees and from many starts: all places, and the farther half or three quarters from each of 6 x 5 centers,
+    one of which lies in the nebula. With residuals r, their covariance S and d = r' S^-1 r, steps of concentration keep
+    the half of smallest d; then all are kept that agree. The best has the highest likelihood, in which a place off the
+    surface costs as much as one sqrt(2 x `DROPPED`) deviations off, and a little more below, since nebulae shine, less
+    the information criterion's price of its terms.
+
+    Certain points weigh as much as half of the places together, and cost ten times as much off the surface.
+    """
+    certain, places = sites.certain, 2 * sites.points.centers / sites.size - 1
+    # Without noise, what is left is rounding.
+    levels = sites.levels / np.maximum(sites.noise, 1e-9 * np.abs(sites.levels).max(axis=0) + np.finfo(float).tiny)
+    n_places, n_channels = levels.shape
+    weights = np.where(certain, max(1, n_places / 2 / max(1, certain.sum())), 1.0)
+    costs = np.where(certain, 10 * DROPPED, DROPPED)
+    limit = AGREES * chi_squared_quantile(n_channels)
+    starts = [np.ones(n_places)]
+    for x in np.linspace(-1, 1, 6):
+        for y in np.linspace(-1, 1, 5):
+            distance = np.hypot(*((places - [x, y]) * sites.size).T)
+            starts += [(distance > np.quantile(distance, part)).astype(float) for part in (0.25, 0.5)]
+    best, found = -math.inf, (np.ones(n_places, bool), 1.0)
+    for degree in DEGREES:
+        surfaces = Surfaces(legendre_terms(places, degree), levels, weights)
+        if n_places < 3 * surfaces.n_terms:
+            break
+        least = int(max(n_places / 2, 1.5 * surfaces.n_terms + n_channels))
+        sky = np.array(starts)
+        for _ in range(10):
+            sky = nearest(surfaces.fit(sky)[2], least)
+        for step in range(10):
+            # The half nearest to a surface scatters less than all that belongs to it.
+            distances = surfaces.fit(sky)[2] / (1.5 if step == 0 else 1)
+            sky = np.where(distances < limit, 1.0, 0.0)
+            few = sky.sum(axis=1) < least
+            sky[few] = nearest(distances[few], least)
+        residuals, covariance, distances = surfaces.fit(sky)
+        scatter = np.sqrt(np.trace(covariance, axis1=1, axis2=2))
+        below = residuals.min(axis=2) < -BELOW * scatter[:, None]
+        score = -(np.minimum(distances / 2, costs) + below) @ weights - n_places / 2 * np.linalg.slogdet(covariance)[1]
+        score -= surfaces.n_terms * n_channels / 2 * math.log(n_places)
+        i = score.argmax()
+        if score[i] > best:
+            best, found = score[i], (sky[i] > 0, scatter[i] / math.sqrt(n_channels))
+    return found
+
+
+class Surfaces:
+    """Least squares of one set of terms to the same levels at many sets of places, all at once.
+
+    Parameters
+    ----------
+    terms : (n_places, n_terms) ndarray
+    levels : (n_places, n_channels) ndarray
+        In units of their noise.
+    weights : (n_places,) ndarray
+    """
+
+    def __init__(self, terms, levels, weights):
+        self.n_terms, self._terms, self._levels = terms.shape[1], terms, levels
+        # A set is a vector of ones and zeros: its normal equations are a product with these.
+        n_places, weighted = len(terms), terms * weights[:, None]
+        self._normal = (weighted[:, :, None] * terms[:, None]).reshape(n_places, -1)
+        self._known = (weighted[:, :, None] * levels[:, None]).reshape(n_places, -1)
+
+    def fit(self, sets):
+        """Return for (n_sets, n_places) sets all residuals, their covariances, and all squared distances in them.
+
+        Returns
+        -------
+        residuals : (n_sets, n_places, n_channels) ndarray
+        covariance : (n_sets, n_channels, n_channels) ndarray
+        distances : (n_sets, n_places) ndarray
+        """
+        n_sets, n_terms, n_channels = len(sets), self.n_terms, self._levels.shape[1]
+        normal = (sets @ self._normal).reshape(n_sets, n_terms, n_terms)
+        ridge = 1e-8 / n_terms * np.trace(normal, axis1=1, axis2=2)  # a set may leave a term unknown
+        normal += ridge[:, None, None] * np.eye(n_terms)
+        coefficients = np.linalg.solve(normal, (sets @ self._known).reshape(n_sets, n_terms, n_channels))
+        residuals = self._levels - self._terms @ coefficients
+        n_kept = sets.sum(axis=1)
+        n_free = np.maximum(n_kept - n_terms, 0.2 * n_kept)
+        kept = residuals * (sets / n_free[:, None])[..., None]
+        covariance = kept.transpose(0, 2, 1) @ residuals + LEAST_VARIANCE * np.eye(n_channels)
+        return residuals, covariance, ((residuals @ np.linalg.inv(covariance)) * residuals).sum(axis=2)
+
+
+def legendre_terms(places, degree):
+    """Return the products of Legendre polynomials up to a total degree, (n_places, n_terms), places in -1 ... 1."""
+    x, y = (np.polynomial.legendre.legvander(t, degree) for t in places.T)
+    return np.stack([x[:, i] * y[:, j] for i in range(degree + 1) for j in range(degree + 1 - i)], axis=1)
+
+
+def chi_squared_quantile(n):
+    """Return the 99 % quantile of chi-squared of n degrees of freedom (Wilson and Hilferty 1931, PNAS 17, 684)."""
+    return n * (1 - 2 / (9 * n) + 2.326 * math.sqrt(2 / (9 * n))) ** 3
+
+
+def nearest(distances, n):
+    """Return sets of the n places of smallest distances, (n_sets, n_places), as ones and zeros."""
+    sets = np.zeros_like(distances)
+    np.put_along_axis(sets, np.argpartition(distances, n - 1, axis=1)[:, :n], 1.0, axis=1)
+    return sets
+
+
+def grow_from_certain(sites):
+    """Return which places are sky, beginning with the certain ones, (n_places,) bool.
+
+    The adaptive model through what is sky predicts the others, and knows how far it may be off (kriging). Where it is
+    most certain, those join that are as predicted; all are judged anew by the model through more of them.
+    """
+    sky = sites.certain
+    for _ in range(ROUNDS):
+        choice = fit_sites(sky, sites)
+        usual, off, deviation = robust_std(choice.spread), np.zeros(len(sky)), np.zeros(len(sky))
+        off[sky] = np.abs(standing_out(choice.errors, choice.spread, usual, sites.noise)).max(axis=1)
+        if not sky.all():
+            errors, deviation[~sky] = predict_others(choice, sites.points.centers, sites.levels, sky)
+            spread = errors / deviation[~sky, None]
+            off[~sky] = np.abs(standing_out(errors, spread, usual, sites.noise)).max(axis=1)
+            near = deviation <= np.quantile(deviation[~sky], 0.3)
+        before, sky = sky, sites.certain | (off < AS_PREDICTED) & (sky | near)
+        if (sky == before).all():
+            break
+    return sky
+
+
+def rims(sky, sites):
+    """Tell which places have many neighbors off the surface."""
+    near = sites.neighbors()
+    return (near & ~sky).sum(axis=1) > RIM * np.maximum(near.sum(axis=1), 1)
+
+
+def small_corners(sky, sites):
+    """Tell which places off the surface are a small group in a corner of the frame: a glow that ends there."""
+    joined = sites.neighbors() & ~sky & ~sky[:, None]
+    group = np.where(sky, -1, np.arange(len(sky)))
+    while (group != (group := np.maximum(group, np.where(joined, group, -1).max(axis=1)))).any():
         pass
-    # Last, faint ends of nebulae: beside what is rejected inside of the frame, less is enough.
-    away = distances_between(centers, centers[~accepted]).min(axis=1, initial=np.inf)
-    beside = (away < 2.5 * cell) & (from_border > cell)
-    while reject(fit(), 2.5, beside):
-        pass
-    return make_points(places[accepted]), len(places)
+    at_corner = (sites.from_border() < sites.cell).all(axis=1)
+    found, sizes = np.unique(group[~sky], return_counts=True)
+    small = found[(sizes <= CORNER) & np.isin(found, group[at_corner])]
+    return np.isin(group, small) & ~sky
+
+
+def follow_model(sky, sites):
+    """Leave out what stands out above the adaptive model through the others, and take in the peaks of glows.
+
+    A glow's peak at the border is more than a polynomial follows: bright places there, where the model predicts them to
+    be brighter than nine in ten of the accepted ones, come back, once.
+    """
+    at_border = sites.from_border().min(axis=1) < 2 * sites.cell
+    brightness = (sites.levels / np.maximum(sites.noise, np.finfo(float).tiny)).sum(axis=1)
+    tried = np.zeros(len(sky), bool)
+    while True:
+        choice = fit_sites(sky, sites)
+        out = places_above(choice, sky, sites, STANDS_OUT)
+        if out.any():
+            sky = sky & ~out
+            continue
+        if sky.all():
+            return sky
+        errors, deviation = predict_others(choice, sites.points.centers, sites.levels, sky)
+        off = standing_out(errors, errors / deviation[:, None], robust_std(choice.spread), sites.noise)
+        predicted = brightness[~sky] - (errors / np.maximum(sites.noise, np.finfo(float).tiny)).sum(axis=1)
+        joins = np.zeros(len(sky), bool)
+        joins[~sky] = (np.abs(off).max(axis=1) < JOINS) & (predicted > np.quantile(brightness[sky], 0.9))
+        joins &= at_border & ~tried
+        if not joins.any():
+            return sky
+        sky, tried = sky | joins, tried | joins
+
+
+def leave_faint_ends(sky, sites):
+    """Leave out faint ends of nebulae: beside what is left out inside of the frame, less is enough."""
+    away = distances_between(sites.points.centers, sites.points.centers[~sky]).min(axis=1, initial=np.inf)
+    beside = (away < 2.5 * sites.cell) & (sites.from_border().min(axis=1) > sites.cell)
+    while (out := places_above(fit_sites(sky, sites), sky, sites, FAINT, beside)).any():
+        sky = sky & ~out
+    return sky
+
+
+def fit_sites(sky, sites):
+    """Return the Choice of the adaptive model through some of the places."""
+    if sky.sum() < (LEAST_GIVEN if sites.certain.sum() >= LEAST_GIVEN else LEAST_PLACES):
+        raise RmgradientError(f'too few places of empty sky, {sky.sum()}; give points with -p')
+    return choose_model(sites.points.centers[sky], sites.levels[sky], sites.points.leader[sky])
+
+
+def places_above(choice, sky, sites, limit, where=True):
+    """Tell which places of some stand out most above the prediction from the others; certain ones never do."""
+    excess = np.zeros(len(sky))
+    excess[sky] = standing_out(choice.errors, choice.spread, robust_std(choice.spread), sites.noise).max(axis=1)
+    excess[sites.certain | ~np.broadcast_to(where, sky.shape)] = 0
+    return excess > max(limit, 0.6 * excess.max())
 
 
 def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
@@ -926,16 +1173,23 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
         # Windows end with the first row and column of the tiles below and beside.
         below = min(stop + 1, height)
         rows = image[start:below, 0:width]
-        bad = np.any([no_data(rows[..., [c]]) for c in range(n_channels)], axis=0)
+        bad = np.any([no_data(rows[..., c:c + 1]) for c in range(n_channels)], axis=0)
         if rows.dtype.kind == 'f':
             bad |= ~np.isfinite(rows).all(axis=2)
         if hasattr(image, 'transparent'):
             bad |= image.transparent(start, below)
-        reached = [bad[:, i:i + across * tile:tile].any(axis=0) for i in range(tile + 1)]
-        bad = np.any([np.pad(each, (0, across - len(each))) for each in reached], axis=0)
-        rows = rows[:tile, :across * tile].astype(float).reshape(tile, across, tile, n_channels)
+        reached = np.zeros(across, bool)
+        if bad.any():
+            columns = bad.any(axis=0)
+            for i in range(tile + 1):
+                each = columns[i:i + across * tile:tile]
+                reached[:len(each)] |= each
+        # Over rows first: sums over the short last axes are slow.
+        rows = rows[:tile, :across * tile].reshape(tile, -1).astype(float)
         with np.errstate(invalid='ignore', over='ignore'):
-            return rows.sum(axis=(0, 2)), (rows * rows).sum(axis=(0, 2)), bad
+            sums = [values.reshape(across, tile, n_channels).sum(axis=1)
+                    for values in (rows.sum(axis=0), np.einsum('ij,ij->j', rows, rows))]
+        return *sums, reached
 
     tiles = list(starmap(survey, row_groups(down * tile, tile)))
     total, squares, bad = (np.array(each, float) for each in zip(*tiles))
@@ -956,40 +1210,6 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
     first = order[np.unique(cells[order], return_index=True)[1]]
     first = first[np.isfinite(structure[first])]
     return np.stack([x.ravel()[first], y.ravel()[first]], axis=1)
-
-
-def fit_floor(centers, levels, length):
-    """Fit a stiff surface that lies below most levels: what is above it counts 500 times less.
-
-    Parameters
-    ----------
-    centers : (n_points, 2) float64 ndarray
-    levels : (n_points, n_channels) float64 ndarray
-    length : float
-        Longer side of the frame, in pixels. The multiquadric has half of it for its shape.
-
-    Returns
-    -------
-    (n_points, n_channels) float64 ndarray
-        Values at the points, in data units.
-
-    Notes
-    -----
-    Asymmetric least squares (Eilers 2003, Analytical Chemistry 75, 3631, for spectra), with the equations of
-    `choose_model` and a smoothness of each point.
-    """
-    kernel = multiquadric(distances_between(centers, centers), length / 2)
-    terms = trend_terms(centers, centers, 'plane')
-    at, floor = np.hstack([kernel, terms]), np.empty_like(levels)
-    for c, level in enumerate(levels.T):
-        above, known = np.zeros(len(level), bool), np.append(level, np.zeros(terms.shape[1]))
-        for _ in range(40):
-            solution = np.linalg.solve(equations(kernel, 0.01 * np.where(above, 500, 1), terms), known)
-            floor[:, c] = at @ solution
-            if np.array_equal(level > floor[:, c], above):
-                break
-            above = level > floor[:, c]
-    return floor
 
 
 def equations(kernel, smooth, terms):
@@ -1994,8 +2214,8 @@ def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', sky=None, meth
     ----------
     image : (height, width) or (height, width, n_channels) array_like
         Integers or floats. All channels are taken for colors: leave alpha out.
-    points : Points or (n_points, 2) array_like
-        See `make_points`.
+    points : Points, (n_points, 2) array_like, or 'auto'
+        See `make_points`; with 'auto', `choose_points` chooses them.
     sigma : float
         Blur at the points, in pixels, see `measure_levels`.
     smooth : 'auto' or float
@@ -2030,6 +2250,10 @@ def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', sky=None, meth
         raise RmgradientError(f"method {method!r} is none of 'subtract', 'stretch' and 'divide'")
     corrected = np.array(image, image.dtype.newbyteorder('=')).reshape(*image.shape[:2], -1)
     height, width, _ = corrected.shape
+    if isinstance(points, str):
+        if points != 'auto':
+            raise RmgradientError(f"points are {points!r}, neither coordinates nor 'auto'")
+        points = choose_points(corrected, sigma=sigma).points
     points = points if isinstance(points, Points) else make_points(points)
     levels, _ = measure_levels(corrected, points, sigma)
     model = fit_background(points, levels, smooth)
@@ -2086,16 +2310,15 @@ def list_jobs(options):
 
 
 def process_picture(path, outputs, points, options, progress):
-    """Correct one picture; `points` is None if they are to be chosen."""
+    """Correct one picture; with -a, points are chosen beside those given, if there are any."""
     with about(path):
         image = TiffImage(path)
     with image, threads(progress) as starmap:
         for warning in image.warnings:
             logger.warning('%s: %s', path, warning)
         with about(path):
-            if points is None:
-                points, n_places = choose_points(image, options.auto, options.sigma, starmap)
-                logger.info('%s: %d points chosen from %d quiet places', path, len(points.x), n_places)
+            if options.auto is not None:
+                points = report_chosen(path, points, choose_points(image, options.auto, options.sigma, points, starmap))
             levels, noise = measure_levels(image, points, options.sigma)
             model = fit_background(points, levels, options.smooth)
         misfits = report_model(path, points, levels, noise, model)
@@ -2211,6 +2434,17 @@ def progress_bar(unit):
     return lambda results, total: tqdm(results, total=total, unit=unit, delay=1, leave=False)
 
 
+def report_chosen(path, given, chosen):
+    """Log how many points were chosen, warn if the places did not agree, and return the points."""
+    n_given = len(given.x) if given else 0
+    logger.info('%s: %d points chosen from %d quiet places', path, len(chosen.points.x) - n_given, chosen.n_places)
+    if not chosen.agree:
+        logger.warning('%s: the quiet places do not agree on one smooth sky, as where a nebula or the Milky Way fills '
+                       'the frame; look at --preview, and help -a with a few certain points of empty sky (-p or -f)',
+                       path)
+    return chosen.points
+
+
 def report_limited(path, percent):
     """Warn of pixels that became black or white, in percent, (2,), and say what to do about it."""
     cures = ('raise the sky with --sky NUMBER, or add a point of empty sky in a dark corner that has none',
@@ -2263,13 +2497,14 @@ def build_parser():
                        'points, and after (PNG, PDF or SVG by its ending; needs matplotlib)')
     files.add_argument('--overwrite', action='store_true', help='replace files that exist')
 
-    choice = parser.add_argument_group('points').add_mutually_exclusive_group(required=True)
-    choice.add_argument('-p', '--points', metavar=('X', 'Y'), nargs='+', help='points of empty sky, in pixels')
-    choice.add_argument('-f', '--points-file', metavar='FILE',
+    choice = parser.add_argument_group('points', 'at least one of these; -a adds to the points of -p or -f')
+    given = choice.add_mutually_exclusive_group()
+    given.add_argument('-p', '--points', metavar=('X', 'Y'), nargs='+', help='points of empty sky, in pixels')
+    given.add_argument('-f', '--points-file', metavar='FILE',
                         help='the same from a file, one pair a line, # starts a comment; - is standard input')
     choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=AUTO, type=number(3, 30, int),
                         help='choose points, one from each cell of a grid with N cells along the longer side '
-                        f'(default: {AUTO}), where there are neither stars nor nebulae')
+                        f'(default: {AUTO}), where there are neither stars nor nebulae; points given are certain')
 
     model = parser.add_argument_group('model')
     model.add_argument('-s', '--sigma', metavar='PIXELS', type=number(0.1, 10000), default=SIGMA,
@@ -2351,6 +2586,8 @@ def main(argv=None):
     if not options.output and (options.auto is None or not options.save_points or options.background
                                or options.preview):
         parser.error('the following arguments are required: -o/--output')
+    if options.points is None and options.points_file is None and options.auto is None:
+        parser.error('one of the arguments -p/--points, -f/--points-file and -a/--auto is required')
     if options.points is not None:
         try:
             options.points = parse_coordinates(options.points)

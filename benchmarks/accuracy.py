@@ -82,7 +82,7 @@ def main():
             nebula = 1500 * np.clip(1 - ((U - 0.5) / 0.3) ** 2 - ((V - 0.5) / 0.27) ** 2, 0, None) ** 0.7
             for kind, sky in [('stars', truth + light + noise), ('stars and nebula', truth + light + noise + nebula)]:
                 sky = np.clip(np.rint(sky), 0, 65535).astype(np.uint16)[..., None]
-                points, _ = rg.choose_points(sky)
+                points, *_ = rg.choose_points(sky)
                 model = rg.fit_background(points, rg.measure_levels(sky, points)[0])
                 difference = model.evaluate(0, HEIGHT, WIDTH)[..., 0] - truth
                 automatic.setdefault(name, {}).setdefault(kind, []).append(difference.std())

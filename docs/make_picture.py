@@ -13,7 +13,7 @@ sys.path.insert(0, str(here.parent))
 import rmgradient  # noqa: E402
 
 sky = tifffile.imread(here.parent / 'test_data' / 'sky.tif')
-points, _ = rmgradient.choose_points(sky)
+points = rmgradient.choose_points(sky).points
 
 
 def side_by_side(name, *pictures):

@@ -8,6 +8,8 @@ import pytest
 import tifffile
 from matplotlib.image import imread
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy.ndimage import gaussian_filter
+from scipy.stats import chi2
 
 import rmgradient as rg
 
@@ -42,14 +44,14 @@ def error_of(points, sky, background):
                                             ({'glow': 24000.0, 'nebula': 800.0, 'seed': 5}, 20)])
 def test_chosen_points_give_the_background(case, most):
     sky, background, _ = sky_with(**case)
-    points, n_places = rg.choose_points(sky)
+    points, n_places, _ = rg.choose_points(sky)
     assert 40 < len(points.x) <= n_places <= 150
     assert error_of(points, sky, background) < most  # the goals: counts of a noise of 50
 
 
 def test_nebula_is_avoided_and_the_glow_is_not():
     sky, _, light = sky_with(glow=16000.0, nebula=1500.0)
-    points, _ = rg.choose_points(sky)
+    points, *_ = rg.choose_points(sky)
     assert (light[points.y, points.x] > 100).sum() == 0
     assert points.x.min() < 100  # the brightest corner of the glow
     assert points.y.max() > HEIGHT - 100
@@ -58,13 +60,13 @@ def test_nebula_is_avoided_and_the_glow_is_not():
 def test_black_borders_saturated_cores_and_holes_are_avoided():
     sky, _, _ = sky_with(border=True)
     sky[300:400, 500:600] = 65535
-    points, _ = rg.choose_points(sky)
+    points, *_ = rg.choose_points(sky)
     for bad in (sky == 0).all(axis=2), (sky == 65535).any(axis=2):
         assert not any(bad[y - 24:y + 25, x - 24:x + 25].any() for x, y in zip(points.x, points.y))
     holes = sky.astype(np.float32)
     holes[sky == 0] = np.nan
     holes[500, 700] = np.inf
-    points, _ = rg.choose_points(holes)
+    points, *_ = rg.choose_points(holes)
     assert all(np.isfinite(holes[y - 24:y + 25, x - 24:x + 25]).all() for x, y in zip(points.x, points.y))
 
 
@@ -104,11 +106,11 @@ def test_borders_of_some_channels_and_transparent_pixels_are_avoided(tmp_path):
 def test_type_and_scale_of_the_picture_do_not_matter():
     sky = (sky_with()[0] // 257).astype(np.uint8)
     sky[100:130, 100:130] = 255  # saturated
-    points, _ = rg.choose_points(sky)
+    points, *_ = rg.choose_points(sky)
     background = rg.fit_background(points, rg.measure_levels(sky, points)[0]).evaluate(0, HEIGHT, WIDTH)
     for other, scale in [(sky.astype(np.uint16) * 257, 257), (sky / np.float32(255), 1 / 255),
                          (sky.astype(np.float32) * 1000, 1000), (sky.astype(np.int32) * 65536, 65536)]:
-        again, _ = rg.choose_points(other)
+        again, *_ = rg.choose_points(other)
         assert_array_equal(again.x, points.x)
         assert_array_equal(again.y, points.y)
         model = rg.fit_background(again, rg.measure_levels(other, again)[0])
@@ -118,10 +120,10 @@ def test_type_and_scale_of_the_picture_do_not_matter():
 
 def test_choice_does_not_depend_on_threads_and_scale():
     sky, _, _ = sky_with()
-    points, _ = rg.choose_points(sky)
+    points, *_ = rg.choose_points(sky)
     with rg.threads(lambda results, total: results) as starmap:
-        again, _ = rg.choose_points(sky, starmap=starmap)
-    scaled, _ = rg.choose_points(sky.astype(np.float64) / 65536)
+        again, *_ = rg.choose_points(sky, starmap=starmap)
+    scaled, *_ = rg.choose_points(sky.astype(np.float64) / 65536)
     for other in (again, scaled):
         assert_array_equal(other.x, points.x)
         assert_array_equal(other.y, points.y)
@@ -130,22 +132,10 @@ def test_choice_does_not_depend_on_threads_and_scale():
 @pytest.mark.parametrize('n', [5, 10, 20])
 def test_number_of_points(n):
     sky, background, _ = sky_with()
-    points, n_places = rg.choose_points(sky, n)
+    points, n_places, _ = rg.choose_points(sky, n)
     assert n_places <= n * (n * 2 // 3 + 1)
     assert len(points.x) > 0.7 * n_places
     assert error_of(points, sky, background) < 25
-
-
-def test_floor_lies_below_most():
-    rng = np.random.default_rng(12)
-    centers = rng.uniform(0, 900, (150, 2))
-    levels = (1000 + centers[:, :1]) * [1.0, 2.0] + rng.normal(0, 10, (150, 2))
-    bump = np.hypot(*(centers - 450).T) < 200
-    levels[bump] += 500
-    floor = rg.fit_floor(centers, levels, 900.0)
-    above = levels - floor
-    assert (np.median(above[~bump], axis=0) < 30).all()
-    assert (np.median(above[bump], axis=0) > 300).all()
 
 
 def test_others_are_predicted_as_if_left_out():
@@ -170,7 +160,7 @@ def test_drawn_skies_without_noise(dtype, slope, stars):
     for row, column in np.random.default_rng(3).integers(0, 300, (stars, 2)):
         sky = np.where((y - row) ** 2 + (x - column) ** 2 < 9, 250, sky)
     sky = (sky if dtype == 'f4' else np.rint(sky)).astype(dtype)[..., None]
-    points, n_places = rg.choose_points(sky, sigma=2)
+    points, n_places, _ = rg.choose_points(sky, sigma=2)
     assert 100 < len(points.x) <= n_places
     corrected = rg.remove_gradient(sky, points, sigma=2)[sky < 200].astype(float)
     # Integers: the picture and the output are rounded, and levels on its steps are off by up to half a count.
@@ -184,7 +174,7 @@ def test_places_on_a_line(turned):
     sky = 1000 + 0.5 * x + np.random.default_rng(1).normal(0, 10, x.shape)
     sky += 3000 * np.exp(-(((x - 1200) / 150) ** 2)) + 2000 * np.exp(-(((x - 200) / 90) ** 2))
     sky = np.rint(sky).astype(np.uint16)[..., None]
-    points, n_places = rg.choose_points(sky.transpose(1, 0, 2) if turned else sky, 30)
+    points, n_places, _ = rg.choose_points(sky.transpose(1, 0, 2) if turned else sky, 30)
     assert (points.x if turned else points.y).tolist() == [24] * len(points.x)
     along = points.y if turned else points.x
     assert 10 < len(along) < n_places
@@ -199,6 +189,142 @@ def test_places_on_a_line(turned):
 def test_too_few_places(picture, match):
     with pytest.raises(rg.RmgradientError, match=match):
         rg.choose_points(picture)
+
+
+# ---- the rules ------------------------------------------------------------------------------------------------------
+
+Y, X = np.mgrid[0:HEIGHT, 0:WIDTH]
+
+
+def clouds(seed):
+    """Return a gray uint16 sky of domes and clouds of many sizes, and its background."""
+    rng = np.random.default_rng(seed)
+    background = np.full((HEIGHT, WIDTH), 1500.0)
+    for _ in range(rng.integers(1, 3)):
+        angle = rng.uniform(0, 2 * np.pi)
+        x, y = 450 + 650 * np.cos(angle), 300 + 450 * np.sin(angle)
+        strength = np.exp(rng.uniform(np.log(500), np.log(15000)))
+        background += strength * np.exp(-((X - x) ** 2 + (Y - y) ** 2) / (2 * rng.uniform(200, 500) ** 2))
+    light = np.zeros_like(background)
+    for _ in range(rng.integers(1, 4)):
+        x, y, r = rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT), rng.uniform(60, 250)
+        strength = np.exp(rng.uniform(np.log(100), np.log(2000)))
+        distance = ((X - x) ** 2 + (Y - y) ** 2 * rng.uniform(0.5, 2)) / (2 * r**2)
+        light += strength * np.exp(-(distance ** rng.uniform(0.7, 2)))
+    if rng.random() < 0.3:  # dust
+        light -= 0.5 * light.max() * np.exp(
+            -((X - rng.uniform(0, WIDTH)) ** 2 + (Y - rng.uniform(0, HEIGHT)) ** 2) / (2 * 120**2))
+    sky = background + light + rng.normal(0, 50, light.shape)
+    return np.clip(np.rint(sky), 0, 65535).astype(np.uint16)[..., None], background[..., None]
+
+
+def amplifier(seed):
+    """Return a gray uint16 sky of a plane and an amplifier's glow in a corner, and its background."""
+    rng = np.random.default_rng(seed)
+    background = 2000 + 0.8 * X - 0.5 * Y + 1200 * np.exp(-np.hypot(X, Y) / (rng.uniform(0.06, 0.15) * WIDTH))
+    return np.rint(background + rng.normal(0, 50, X.shape)).astype(np.uint16)[..., None], background[..., None]
+
+
+def nothing(sky, sites):
+    return np.zeros(len(sky), bool)
+
+
+@pytest.mark.parametrize(('draw', 'seed', 'rule', 'without', 'times'), [
+    (clouds, 18, 'rims', nothing, 2), (amplifier, 3, 'small_corners', nothing, 1.5), (clouds, 79, 'BELOW', 1e9, 1.5),
+    (clouds, 44, 'leave_faint_ends', lambda sky, sites: sky, 1.1), (clouds, 18, 'STANDS_OUT', 1e9, 1.5),
+    (clouds, 4, 'JOINS', 0.0, 1.4), (clouds, 11, 'DROPPED', 8.0, 1.4), (clouds, 0, 'DROPPED', 3.0, 1.2),
+    (clouds, 11, 'DEGREES', range(1, 5), 3)])
+def test_each_rule_is_needed(monkeypatch, draw, seed, rule, without, times):
+    """Without it, the same sky comes out worse."""
+    sky, background = draw(seed)
+    error = error_of(rg.choose_points(sky).points, sky, background)
+    monkeypatch.setattr(rg, rule, without)
+    assert error_of(rg.choose_points(sky).points, sky, background) > times * error
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 5])
+def test_quantile_of_chi_squared(n):
+    assert rg.chi_squared_quantile(n) == pytest.approx(chi2.ppf(0.99, n), rel=0.02)
+
+
+def test_surfaces_are_least_squares():
+    """Each of the sets as if alone, weights and all."""
+    rng = np.random.default_rng(16)
+    places, levels, weights = rng.uniform(-1, 1, (50, 2)), rng.normal(0, 9, (50, 2)), rng.uniform(0.5, 2, 50)
+    terms = np.polynomial.legendre.legvander2d(*places.T, [2, 2]).reshape(50, 3, 3)
+    terms = np.stack([terms[:, i, j] for i in range(3) for j in range(3 - i)], axis=1)
+    assert_allclose(rg.legendre_terms(places, 2), terms, rtol=1e-12)
+    sets = (rng.random((4, 50)) < 0.6).astype(float)
+    residuals, covariance, distances = rg.Surfaces(terms, levels, weights).fit(sets)
+    for i, kept in enumerate(sets > 0):
+        root = np.sqrt(weights[kept])[:, None]
+        expected = levels - terms @ np.linalg.lstsq(root * terms[kept], root * levels[kept])[0]
+        # The ridge that keeps sets without all of the terms solvable.
+        assert_allclose(residuals[i], expected, rtol=0, atol=1e-6)
+        scatter = expected[kept].T @ expected[kept] / (kept.sum() - 6) + 0.25 * np.eye(2)
+        assert_allclose(covariance[i], scatter, rtol=1e-6)
+        assert_allclose(distances[i], np.einsum('ij,jk,ik->i', expected, np.linalg.inv(scatter), expected), rtol=1e-5)
+
+
+def test_rounding_hides_in_noise_or_is_noise():
+    places = rg.find_quiet_places(np.random.default_rng(17).normal(100, 1, (300, 400, 1)), 10, 4.0)
+    for scatter, hidden in ((0.2, False), (3.0, True)):
+        sky = np.rint(np.random.default_rng(18).normal(100.4, scatter, (300, 400, 1)))
+        noise = np.array([scatter / (2 * np.sqrt(np.pi) * 4)])
+        for scale in (1, 257, 1 / 255):
+            expected = noise * scale if hidden else np.array([scale / np.sqrt(12)])
+            assert_allclose(rg.with_rounding(noise * scale, sky * scale, places, 4.0), expected, rtol=1e-6)
+
+
+# ---- points that are given ------------------------------------------------------------------------------------------
+
+def nebula_all_over():
+    """Return a sky whose nebula covers more than 60 % of the frame, its background, and where there is no nebula."""
+    rng = np.random.default_rng(5)
+    background = 1500 + 1.5 * X + 2500 * np.exp(-((X + 150) ** 2 + (Y - 700) ** 2) / (2 * 400.0**2))
+    waves = sum(np.cos(X / rng.uniform(60, 200) + Y / rng.uniform(60, 200) + rng.uniform(0, 6)) for _ in range(6))
+    light = 700 * np.clip(waves - np.quantile(waves, 0.33), 0, None) / waves.std()
+    sky = background + light + rng.normal(0, 40, X.shape)
+    return np.rint(sky).astype(np.uint16)[..., None], background[..., None], light
+
+
+def test_a_few_certain_points_rescue_a_frame_full_of_nebula():
+    sky, background, light = nebula_all_over()
+    assert (light > 20).mean() > 0.6
+    blurred = gaussian_filter(light, 8)
+    given = []
+    for x in (30, 400, 700):  # the clearest place of six parts of the frame: what a person would click on
+        for y in (30, 320):
+            part = blurred[y:y + 250, x:x + 170]
+            row, column = np.unravel_index(part.argmin(), part.shape)
+            if part.min() < 5:
+                given.append((x + int(column), y + int(row)))
+    assert len(given) >= 5
+    given = given[:5]
+    alone = rg.choose_points(sky)
+    helped = rg.choose_points(sky, given=rg.make_points(given))
+    assert not alone.agree
+    assert helped.points.x[:5].tolist() == [x for x, _ in given]  # all kept, and first
+    assert helped.points.y[:5].tolist() == [y for _, y in given]
+    assert len(helped.points.x) > 15  # others that agree with them
+    assert error_of(helped.points, sky, background) < 0.4 * error_of(alone.points, sky, background)
+
+
+def test_given_isolines_stay_isolines():
+    sky, _, _ = sky_with()
+    given = rg.make_points([(300, 300), (-600, 300), (100, 100), (-0.0, 5), (800, 500)])
+    points = rg.choose_points(sky, given=given).points
+    assert points.leader[:5].tolist() == [0, 0, 2, 2, 4]
+    assert points.on_isoline[:5].tolist() == given.on_isoline.tolist()
+    assert not points.on_isoline[5:].any()
+    # No place is chosen that is as good as the same.
+    others = np.stack([points.x[5:], points.y[5:]], axis=1)
+    assert min(np.hypot(*(others - place).T).min() for place in given.centers) > 16
+
+
+def test_agreement():
+    assert rg.choose_points(sky_with(nebula=1500.0)[0]).agree
+    assert not rg.choose_points(nebula_all_over()[0]).agree
 
 
 # ---- from the command line ------------------------------------------------------------------------------------------
@@ -216,11 +342,29 @@ def test_auto_and_saved_points(big):
     assert re.search(r'^rmgradient: sky.tif: \d+ points chosen from \d+ quiet places$', big.stderr, re.MULTILINE)
     lines = (big.folder / 'points').read_text().splitlines()
     assert lines[0] == '# sky.tif, 900 x 600 pixels, sigma 8'
-    expected, _ = rg.choose_points(big.sky)
+    expected, *_ = rg.choose_points(big.sky)
     assert lines[1:] == rg.format_points(expected)
     assert big('-o', 'again.tif', points=['-f', 'points']) == 0
     assert (big.folder / 'again.tif').read_bytes() == (big.folder / 'out.tif').read_bytes()
     assert big('-o', 'five.tif', '-s', 4, points=['-a', '5']) == 0
+
+
+def test_auto_beside_given_points(big):
+    given = ['-p', '300', '300', '-600', '300', '100', '100', '800', '500']
+    assert big('--save-points', 'points', points=['-a', *given]) == 0
+    lines = (big.folder / 'points').read_text().splitlines()
+    assert lines[1:5] == ['300 300', '-600 300', '100 100', '800 500']
+    assert len(lines) > 40
+    (big.folder / 'given').write_text('\n'.join(lines[1:5]))
+    assert big('-o', 'again.tif', points=['-f', 'given', '-a']) == 0
+    assert (big.folder / 'again.tif').read_bytes() == (big.folder / 'out.tif').read_bytes()
+
+
+def test_warning_where_nothing_agrees(cli):
+    tifffile.imwrite('sky.tif', nebula_all_over()[0])
+    assert cli('-q', points=['-a']) == 0
+    assert 'warning: sky.tif: the quiet places do not agree on one smooth sky' in cli.stderr
+    assert '-p' in cli.stderr
 
 
 def test_saved_isolines_are_read_again(cli):

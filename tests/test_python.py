@@ -55,6 +55,14 @@ def test_errors_are_values(arguments, match):
     assert isinstance(caught.value, rg.RmgradientError)
 
 
+def test_points_may_be_chosen():
+    sky = tifffile.imread(ROOT / 'test_data' / 'sky.tif')
+    expected = rg.remove_gradient(sky, rg.choose_points(sky).points)
+    assert_array_equal(rg.remove_gradient(sky, 'auto'), expected)
+    with pytest.raises(rg.RmgradientError, match="'automatic', neither coordinates nor 'auto'"):
+        rg.remove_gradient(sky, 'automatic')
+
+
 def test_background_to_divide_by_is_positive(cli):
     y, x = np.mgrid[0:90, 0:120]
     sky = (x - 10.0)[..., None] * [1.0, 1.0, 1.0]
