@@ -826,6 +826,88 @@ def _fit_classic(centers, levels, smooth):
     return BackgroundModel(centers, rbf.nodes, rbf.epsilon, np.zeros((3, levels.shape[1])))
 
 
+# ---- Reference ------------------------------------------------------------------------------------------------------
+
+REFERENCE_AUTO = 24  # points along the longer side beside a reference: nebulae take part, so that more is better
+REFERENCE_MISFIT = 5.0  # typical errors: a point that fits the reference worse is left out
+LEAST_CORRELATION = 0.5  # of details: of the same field it is above 0.9, of another one below 0.15
+
+
+class Beside(NamedTuple):
+    """A background that was found beside a reference."""
+
+    model: BackgroundModel
+    levels: np.ndarray  # (n_kept, n_channels): of the background at the points kept, data units
+    kept: np.ndarray  # (n_points,): points that fit the reference
+    scale: np.ndarray  # (n_channels,): of the reference's light in the picture
+    error: np.ndarray  # (n_channels,): standard error of the scale
+    left: np.ndarray  # (n_channels,): standard deviation of what neither the reference nor the background explains
+
+
+def fit_beside_reference(points, levels, reference):
+    """Fit the background of a picture of which a registered one with less gradient, the reference, is known.
+
+    Parameters
+    ----------
+    points : Points
+        On nebulae as well as beside them.
+    levels : (n_points, n_channels) ndarray
+        Of the picture, in data units.
+    reference : (n_points, n_channels) or (n_points, 1) ndarray
+        Levels of the reference at the same points, in its own units; a gray one serves all channels.
+
+    Returns
+    -------
+    Beside
+
+    Raises
+    ------
+    RmgradientError
+        If the reference's details are not those of the picture.
+
+    Notes
+    -----
+    The picture is scale x reference + background: kriging with external drift (Chiles and Delfiner 2012,
+    Geostatistics, section 5.6). Given shape and smoothness, generalized least squares gives the scale, and ordinary
+    kriging of the rest the background, which are the same equations as with one more term of the trend; both take turns
+    until the scale stays. Points that fit badly, such as satellites and moved objects, are left out, and all is done
+    anew.
+    """
+    light = np.broadcast_to(reference - np.median(reference, axis=0), levels.shape)
+    kept = np.ones(len(levels), bool)
+    for n_left in reversed(range(5)):
+        some = points.subset(kept)
+        model, scale, error, left, correlation = _fit_scale(some, levels[kept], light[kept])
+        if correlation.max() < LEAST_CORRELATION:
+            raise RmgradientError(f'details correlate with those of the picture by {in_words(correlation)} only; '
+                                  'is it registered, and does it show the same field?')
+        spread = np.abs(model.choice.spread)
+        misfits = (spread > REFERENCE_MISFIT * robust_std(spread)).any(axis=1)
+        if not n_left or not misfits.any() or kept.sum() - misfits.sum() < LEAST_PLACES:
+            break
+        kept[kept] = ~misfits
+    return Beside(model, (levels - scale * light)[kept], kept, scale, error, left)
+
+
+def _fit_scale(points, levels, light):
+    """Return model, scale, its standard error, what is left, and the correlation of details, of each channel."""
+    scale = np.zeros(levels.shape[1])
+    for _ in range(10):
+        model = fit_background(points, levels - scale * light)
+        terms = trend_terms(points.centers, points.centers, model.choice.trend)
+        across = [values - terms @ (terms.T @ values) for values in (light, levels)]
+        weighted = model.choice.precision @ across[0]
+        own, shared = ((weighted * values).sum(axis=0) for values in across)
+        total = (across[1] * (model.choice.precision @ across[1])).sum(axis=0)
+        before, scale = scale, shared / np.maximum(own, np.finfo(float).tiny)
+        if np.abs(scale - before).max() <= 1e-6 * np.abs(scale).max():
+            break
+    left = np.maximum(total - scale * shared, 0) / max(1, len(levels) - terms.shape[1] - 1)
+    tiny = np.finfo(float).tiny
+    return (model, scale, np.sqrt(left / np.maximum(own, tiny)), np.sqrt((model.choice.errors**2).mean(axis=0)),
+            shared / np.sqrt(np.maximum(own * total, tiny)))
+
+
 # ---- Automatic points -----------------------------------------------------------------------------------------------
 
 DEGREES = range(1, 9)  # of the polynomials; a higher one would follow nebulae
@@ -848,6 +930,19 @@ class Chosen(NamedTuple):
     points: Points
     n_places: int
     agree: bool
+
+
+def join_quiet_places(image, n, sigma, given, starmap=itertools.starmap):
+    """Return given points, if any, and the quiet places that are not as good as one of them, as Points."""
+    places = find_quiet_places(image, n, sigma, starmap)
+    if given is None:
+        given = Points(*np.zeros((3, 0), int))
+    elif len(places):
+        places = places[distances_between(places.astype(float), given.centers).min(axis=1) > 2 * sigma]
+    n_given = len(given.x)
+    if n_given + len(places) < LEAST_PLACES:
+        raise RmgradientError(f'too few places of empty sky, {len(places)}; lower --sigma or give points with -p')
+    return Points(*np.hstack([given, [*places.T, n_given + np.arange(len(places))]]))
 
 
 @np.errstate(over='ignore')  # as in `standing_out`
@@ -883,18 +978,11 @@ def choose_points(image, n=AUTO, sigma=SIGMA, given=None, starmap=itertools.star
     enough. Then the adaptive model leaves out what stands out above it, and takes in the peaks of glows.
     """
     height, width, _ = image.shape
-    places = find_quiet_places(image, n, sigma, starmap)
-    if given is not None:
-        places = places[distances_between(places.astype(float), given.centers).min(axis=1) > 2 * sigma]
-    else:
-        given = Points(*np.zeros((3, 0), int))
-    n_given, n_all = len(given.x), len(given.x) + len(places)
-    if n_all < LEAST_PLACES:
-        raise RmgradientError(f'too few places of empty sky, {len(places)}; lower --sigma or give points with -p')
-    points = Points(*np.hstack([given, [*places.T, np.arange(n_given, n_all)]]))
+    points = join_quiet_places(image, n, sigma, given, starmap)
+    n_given = 0 if given is None else len(given.x)
     levels, noise = measure_levels(image, points, sigma)
-    noise = with_rounding(np.median(noise, axis=0), image, places, sigma)
-    certain = np.arange(n_all) < n_given
+    noise = with_rounding(np.median(noise, axis=0), image, points, sigma)
+    certain = np.arange(len(points.x)) < n_given
     sites = Sites(points, levels, noise, certain, np.array([width, height]), max(height, width) / n)
     with one_blas_thread():
         sky, scatter = find_consensus(sites)
@@ -905,7 +993,7 @@ def choose_points(image, n=AUTO, sigma=SIGMA, given=None, starmap=itertools.star
         else:
             sky, agree = grow_from_certain(sites), True
         sky = leave_faint_ends(follow_model(sky, sites), sites)
-    return Chosen(points.subset(sky), len(places), agree)
+    return Chosen(points.subset(sky), len(sky) - n_given, agree)
 
 
 class Sites(NamedTuple):
@@ -929,13 +1017,14 @@ class Sites(NamedTuple):
         return distances < NEIGHBORS * self.cell
 
 
-def with_rounding(noise, image, places, sigma):
+def with_rounding(noise, image, points, sigma):
     """Return the (n_channels,) noise of levels, or the error of rounding where the noise of pixels can not hide it.
 
     The step is the smallest difference between pixels side by side, so that it scales with the picture.
     """
     radius, pixel_noise = math.ceil(3 * sigma), noise * 2 * math.sqrt(math.pi) * sigma
-    rows = [image[y:y + 1, x - radius:x + radius + 1][0].astype(float) for x, y in places]
+    rows = [image[y:y + 1, x - radius:x + radius + 1][0].astype(float)
+            for x, y, on_isoline in zip(points.x, points.y, points.on_isoline) if not on_isoline]
     differences = [np.abs(np.diff(row, axis=0)) for row in rows]
     differences = np.vstack([*differences, np.zeros((1, len(noise)))])
     step = np.where(differences > 0, differences, np.inf).min(axis=0)
@@ -1231,6 +1320,29 @@ def predict_others(choice, centers, levels, accepted):
     errors = levels[~accepted] - shares[:len(inside)].T @ levels[accepted]
     variance = choice.smooth - 1 + np.einsum('ij,ji->i', at, shares)
     return errors, np.sqrt(np.maximum(variance, 1e-12))
+
+
+def places_beside_reference(image, reference, n, sigma, given=None, starmap=itertools.starmap):
+    """Return given points, if any, and all quiet places of a picture where the reference has data, too, as Points."""
+    points = join_quiet_places(image, n, sigma, given, starmap)
+    has_data = np.arange(len(points.x)) < (0 if given is None else len(given.x))
+    for i in np.flatnonzero(~has_data):
+        with contextlib.suppress(RmgradientError):
+            measure_levels(reference, Points(points.x[i:i + 1], points.y[i:i + 1], np.zeros(1, int)), sigma)
+            has_data[i] = True
+    if has_data.sum() < LEAST_PLACES:
+        raise RmgradientError(f'the reference has data at {has_data.sum()} of {len(points.x)} quiet places only')
+    return points.subset(has_data)
+
+
+def check_reference(shape, reference_shape):
+    """Raise RmgradientError unless a reference of some shape suits a picture, both (height, width, n_channels)."""
+    height, width, n_channels = reference_shape
+    if (height, width) != shape[:2]:
+        raise RmgradientError(f'is {width} x {height} pixels and the picture {shape[1]} x {shape[0]}; '
+                              'register it to the picture')
+    if n_channels not in (1, shape[2]):
+        raise RmgradientError(f'has {n_channels} channels and the picture {shape[2]}; give a gray one or the same')
 
 
 # ---- Sky level ------------------------------------------------------------------------------------------------------
@@ -2206,8 +2318,8 @@ def draw_preview(file, kind, thumbnails, shape, points, misfits, sky):
 
 # ---- Pipeline -------------------------------------------------------------------------------------------------------
 
-def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', sky=None, method='subtract', dither=False,
-                    rows=ROWS, return_model=False):
+def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', reference=None, sky=None, method='subtract',
+                    dither=False, rows=ROWS, return_model=False):
     """Remove the background gradient from an array, as the command does from a file.
 
     Parameters
@@ -2220,6 +2332,8 @@ def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', sky=None, meth
         Blur at the points, in pixels, see `measure_levels`.
     smooth : 'auto' or float
         See `fit_background`.
+    reference : (height, width) or (height, width, n_channels) array_like, optional
+        Registered picture of the same field, see `fit_beside_reference`; for the adaptive model.
     sky : 'gray', 'color', 'darkest', float or None
         Level that the sky gets, see `find_sky`.
     method : str
@@ -2250,13 +2364,26 @@ def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', sky=None, meth
         raise RmgradientError(f"method {method!r} is none of 'subtract', 'stretch' and 'divide'")
     corrected = np.array(image, image.dtype.newbyteorder('=')).reshape(*image.shape[:2], -1)
     height, width, _ = corrected.shape
-    if isinstance(points, str):
-        if points != 'auto':
-            raise RmgradientError(f"points are {points!r}, neither coordinates nor 'auto'")
+    if isinstance(points, str) and points != 'auto':
+        raise RmgradientError(f"points are {points!r}, neither coordinates nor 'auto'")
+    chosen = isinstance(points, str)
+    if reference is not None:
+        if smooth != 'auto':
+            raise RmgradientError("a reference needs smooth='auto'")
+        reference = np.asarray(reference)
+        reference = reference.reshape(*reference.shape[:2], -1)
+        check_reference(corrected.shape, reference.shape)
+        if chosen:
+            points = places_beside_reference(corrected, reference, REFERENCE_AUTO, sigma)
+    elif chosen:
         points = choose_points(corrected, sigma=sigma).points
     points = points if isinstance(points, Points) else make_points(points)
     levels, _ = measure_levels(corrected, points, sigma)
-    model = fit_background(points, levels, smooth)
+    if reference is not None:
+        found = fit_beside_reference(points, levels, measure_levels(reference, points, sigma)[0])
+        model, levels = found.model, found.levels
+    else:
+        model = fit_background(points, levels, smooth)
     level = find_sky(sky, method, levels, model, height, width, rows)
     above, keep_no_data = model.above(level), not is_classic(model, sky)
     for start, stop in row_groups(height, rows):
@@ -2268,7 +2395,7 @@ def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', sky=None, meth
 def process(options):
     """Do what the command line asks for; options are those of `build_parser`."""
     jobs = list_jobs(options)
-    inputs = [path for path in (*options.input, options.points_file) if path and path != '-']
+    inputs = [path for path in (*options.input, options.points_file, options.reference) if path and path != '-']
     check_paths(inputs, [path for _, outputs in jobs for path in outputs.values()], options.overwrite)
     if options.preview and not importlib.util.find_spec('matplotlib'):
         raise RmgradientError(f"{options.preview}: needs matplotlib; run: pip install 'rmgradient[plot]'")
@@ -2317,11 +2444,16 @@ def process_picture(path, outputs, points, options, progress):
         for warning in image.warnings:
             logger.warning('%s: %s', path, warning)
         with about(path):
-            if options.auto is not None:
-                points = report_chosen(path, points, choose_points(image, options.auto, options.sigma, points, starmap))
-            levels, noise = measure_levels(image, points, options.sigma)
-            model = fit_background(points, levels, options.smooth)
-        misfits = report_model(path, points, levels, noise, model)
+            if options.reference:
+                points, levels, model = fit_with_reference(path, image, points, options, starmap)
+                misfits = []
+            else:
+                if options.auto is not None:
+                    chosen = choose_points(image, options.auto or AUTO, options.sigma, points, starmap)
+                    points = report_chosen(path, points, chosen)
+                levels, noise = measure_levels(image, points, options.sigma)
+                model = fit_background(points, levels, options.smooth)
+                misfits = report_model(path, points, levels, noise, model)
         thumbnails = [Thumbnail(*image.shape) for _ in range(4)] if 'preview' in outputs else []
         with whole_files(outputs, options.overwrite) as files:
             if 'output' in files:
@@ -2338,6 +2470,26 @@ def process_picture(path, outputs, points, options, progress):
     if 'output' in outputs:
         report_limited(outputs['output'], 100 * n_limited / (image.shape[0] * image.shape[1]))
         logger.info('%s: written; the sky is level at %s', outputs['output'], in_words(sky))
+
+
+def fit_with_reference(path, image, points, options, starmap):
+    """Return points, levels and the model beside the reference of the command line; with -a at all quiet places."""
+    with about(options.reference):
+        reference = TiffImage(options.reference)
+    with reference:
+        with about(options.reference):
+            check_reference(image.shape, reference.shape)
+        if options.auto is not None:
+            n = options.auto or REFERENCE_AUTO
+            points = places_beside_reference(image, reference, n, options.sigma, points, starmap)
+        levels, _ = measure_levels(image, points, options.sigma)
+        with about(options.reference):
+            found = fit_beside_reference(points, levels, measure_levels(reference, points, options.sigma)[0])
+    logger.info('%s: %d of %d points fit the reference, whose scale is %s; they are predicted from the others to %s',
+                path, found.kept.sum(), len(found.kept), ', '.join(
+                    f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(found.scale, found.error)),
+                in_words(found.left))
+    return points.subset(found.kept), found.levels, found.model
 
 
 def read_points(options):
@@ -2440,8 +2592,8 @@ def report_chosen(path, given, chosen):
     logger.info('%s: %d points chosen from %d quiet places', path, len(chosen.points.x) - n_given, chosen.n_places)
     if not chosen.agree:
         logger.warning('%s: the quiet places do not agree on one smooth sky, as where a nebula or the Milky Way fills '
-                       'the frame; look at --preview, and help -a with a few certain points of empty sky (-p or -f)',
-                       path)
+                       'the frame; look at --preview, and help -a with five or more certain points of empty sky (-p or '
+                       '-f), or with a --reference', path)
     return chosen.points
 
 
@@ -2502,9 +2654,10 @@ def build_parser():
     given.add_argument('-p', '--points', metavar=('X', 'Y'), nargs='+', help='points of empty sky, in pixels')
     given.add_argument('-f', '--points-file', metavar='FILE',
                         help='the same from a file, one pair a line, # starts a comment; - is standard input')
-    choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=AUTO, type=number(3, 30, int),
+    choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=0, type=number(3, 30, int),
                         help='choose points, one from each cell of a grid with N cells along the longer side '
-                        f'(default: {AUTO}), where there are neither stars nor nebulae; points given are certain')
+                        f'(default: {AUTO}; {REFERENCE_AUTO} with --reference), where there are neither stars nor '
+                        'nebulae; points given are certain')
 
     model = parser.add_argument_group('model')
     model.add_argument('-s', '--sigma', metavar='PIXELS', type=number(0.1, 10000), default=SIGMA,
@@ -2514,6 +2667,10 @@ def build_parser():
                        'classic model, a multiquadric of that smoothness, often 0.1 (default: %(default)s)')
     model.add_argument('-r', '--rows', metavar='N', type=number(1, 2**31, int), default=ROWS,
                        help='rows worked on together; memory is proportional (default: %(default)s)')
+
+    model.add_argument('--reference', metavar='FILE', help='registered picture of the same field and size with less '
+                       'gradient, gray or in the same colors: what it shows is not background, even where nebulae '
+                       'fill the frame')
 
     correction = parser.add_argument_group('correction')
     how = correction.add_mutually_exclusive_group()
@@ -2588,6 +2745,8 @@ def main(argv=None):
         parser.error('the following arguments are required: -o/--output')
     if options.points is None and options.points_file is None and options.auto is None:
         parser.error('one of the arguments -p/--points, -f/--points-file and -a/--auto is required')
+    if options.reference is not None and options.smooth != 'auto':
+        parser.error('--reference needs --smooth auto')
     if options.points is not None:
         try:
             options.points = parse_coordinates(options.points)

@@ -267,13 +267,13 @@ def test_surfaces_are_least_squares():
 
 
 def test_rounding_hides_in_noise_or_is_noise():
-    places = rg.find_quiet_places(np.random.default_rng(17).normal(100, 1, (300, 400, 1)), 10, 4.0)
+    points = rg.make_points(rg.find_quiet_places(np.random.default_rng(17).normal(100, 1, (300, 400, 1)), 10, 4.0))
     for scatter, hidden in ((0.2, False), (3.0, True)):
         sky = np.rint(np.random.default_rng(18).normal(100.4, scatter, (300, 400, 1)))
         noise = np.array([scatter / (2 * np.sqrt(np.pi) * 4)])
         for scale in (1, 257, 1 / 255):
             expected = noise * scale if hidden else np.array([scale / np.sqrt(12)])
-            assert_allclose(rg.with_rounding(noise * scale, sky * scale, places, 4.0), expected, rtol=1e-6)
+            assert_allclose(rg.with_rounding(noise * scale, sky * scale, points, 4.0), expected, rtol=1e-6)
 
 
 # ---- points that are given ------------------------------------------------------------------------------------------
