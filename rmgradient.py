@@ -212,6 +212,35 @@ def make_points(pairs):
     return Points(x, y, leader)
 
 
+# What can be done to pairs, (n_points, 2), a minus sign on those on the isoline of the last one without.
+
+def add_pair(pairs, x, y, on_isoline=False):
+    """Return pairs with one more; the first can't be on an isoline."""
+    sign = -1.0 if on_isoline and len(pairs) else 1.0
+    return np.vstack([pairs, [[sign * x, sign * y]]])
+
+
+def move_pair(pairs, i, x, y):
+    """Return pairs with one at another place."""
+    moved = pairs.copy()
+    moved[i] = np.copysign([x, y], -1.0 if np.signbit(pairs[i]).any() else 1.0)
+    return moved
+
+
+def remove_pair(pairs, i):
+    """Return pairs without one; the next on its isoline takes its place as the one that is measured."""
+    rest = np.delete(pairs, i, axis=0)
+    if i < len(rest) and not np.signbit(pairs[i]).any() and np.signbit(rest[i]).any():
+        rest[i] = np.abs(rest[i])
+    return rest
+
+
+def nearest_pair(pairs, x, y, reach):
+    """Return the index of the pair nearest to a place, or None if none is within reach."""
+    distances = np.hypot(*(np.abs(pairs) - [x, y]).T)
+    return int(distances.argmin()) if len(pairs) and distances.min() <= reach else None
+
+
 def check_points(points, height, width, radius):
     """Raise RmgradientError unless all points are inside, and the measured ones `radius` pixels from every border."""
     for x, y, on_isoline in zip(points.x, points.y, points.on_isoline):
@@ -667,6 +696,14 @@ class BackgroundModel:
         """Return the model less the (n_channels,) level of the sky: what is subtracted."""
         plane = self.plane - [sky, 0 * sky, 0 * sky]
         return BackgroundModel(self.centers, self.weights, self.epsilon, plane, self.choice)
+
+    def shrunk(self, factor):
+        """Return the model in pixels that are factor times as large."""
+        middle = (factor - 1) / 2  # of the pixels that become one
+        constant, *slope = self.plane
+        plane = np.stack([constant + middle * sum(slope), *(factor * along for along in slope)])
+        centers = (self.centers - middle) / factor
+        return BackgroundModel(centers, self.weights, self.epsilon / factor, plane, self.choice)
 
     def blocks(self, start, stop, width):
         """Evaluate rows start to stop - 1, block by block.
@@ -2228,29 +2265,28 @@ def signals_handled(handler):
 
 # ---- Preview --------------------------------------------------------------------------------------------------------
 
-def shrink(strip, start, factor):
-    """Return sums over blocks of factor x factor pixels of the frame, of rows from start, and the first block row."""
-    columns = np.add.reduceat(strip.astype(float), np.arange(0, strip.shape[1], factor), axis=1)
-    block_rows = np.arange(start, start + len(strip)) // factor
-    return block_rows[0], np.add.reduceat(columns, np.unique(block_rows, return_index=True)[1], axis=0)
+def read_binned(image, left, right, top, bottom, n=1000):
+    """Return a part of the picture in at most about n x n pixels, float64, and how many pixels make one side of these.
+
+    Columns are averaged; of the rows of a block no more than four are read, so that a large picture opens as fast as a
+    small one.
+    """
+    factor, rows = max(1, -(-max(right - left, bottom - top) // n)), []
+    edges = np.arange(0, right - left, factor)
+    counts = np.diff([*edges, right - left])[:, None]
+    for start in range(top, bottom, factor):
+        some = image[start:min(start + factor, start + 4, bottom), left:right].astype(float).mean(axis=0)
+        rows.append(np.add.reduceat(some, edges, axis=0) / counts)
+    return np.stack(rows), factor
 
 
-class Thumbnail:
-    """A picture of at most about 1000 x 1000 pixels that strips of a large one are added to, in any order."""
-
-    def __init__(self, height, width, n_channels):
-        self.factor = -(-max(height, width) // 1000)
-        self._sums = np.zeros((-(-height // self.factor), -(-width // self.factor), n_channels))
-        self._counts = shrink(np.ones((height, 1, 1)), 0, self.factor)[1] * shrink(
-            np.ones((1, width, 1)), 0, self.factor)[1]
-
-    def add(self, first, sums):
-        """Add what `shrink` returns."""
-        self._sums[first:first + len(sums)] += sums
-
-    def means(self):
-        """Return the (height, width, n_channels) means of the blocks."""
-        return self._sums / self._counts
+def correct_binned(picture, background, method, sky, dtype):
+    """Return a binned picture without its background, float64, and where it became black, (height, width) bool."""
+    white, lowest = (np.iinfo(dtype).max, np.iinfo(dtype).min) if dtype.kind in 'ui' else (1.0, 0)
+    with np.errstate(divide='ignore', invalid='ignore'):
+        after = correct(picture / white, (background - sky) / white, method, sky / white) * white
+    after = np.where(no_data(picture)[..., None], picture, after)
+    return after, ((after <= lowest) & (picture > lowest)).any(axis=2)
 
 
 def stretch_midtones(picture, like=None):
@@ -2260,60 +2296,273 @@ def stretch_midtones(picture, like=None):
     midtones transfer function that takes the median to a quarter; of this picture or of one like it.
     """
     values = (picture if like is None else like).ravel()
+    most = values.max(where=np.isfinite(values), initial=-np.inf)
+    values = values[::max(1, len(values) // 10**5)]  # enough for medians
     values = values[np.isfinite(values)]
     if not values.size:
         return np.zeros(picture.shape)
     median = np.median(values)
     black = max(median - 2.8 * robust_std(values - median), values.min())
-    scale = max(values.max() - black, np.finfo(float).tiny)
+    scale = max(most - black, np.finfo(float).tiny)
     middle = min(max((median - black) / scale, 1e-6), 0.999)
     midtones = 3 * middle / (2 * middle + 1)  # solves (m - 1) x / ((2 m - 1) x - m) = 1/4 for m at x = middle
     x = np.clip((picture - black) / scale, 0, 1)
     return np.clip((midtones - 1) * x / ((2 * midtones - 1) * x - midtones), 0, 1)
 
 
-def draw_preview(file, kind, thumbnails, shape, points, misfits, sky):
-    """Draw before, background with points, and after, side by side; what became black is blue.
+def draw_points(axes, points, bad, radius, numbered):
+    """Draw points, rings as far as the blur reaches, isolines, and numbers; bad ones red. Return all that."""
+    from matplotlib.collections import EllipseCollection, LineCollection
+    colors = np.where(np.isin(np.arange(len(points.x)), bad), 'red', 'orange').tolist()
+    rings = EllipseCollection(2 * radius, 2 * radius, 0, units='xy', offsets=points.centers, facecolors='none',
+                              transOffset=axes.transData, edgecolors=colors)
+    isolines = [points.centers[points.leader == first] for first in np.unique(points.leader)]
+    drawn = [axes.add_collection(LineCollection(isolines, colors='orange', linewidths=1)), axes.add_collection(rings),
+             axes.scatter(points.x, points.y, s=4, c=colors)]
+    if numbered:
+        drawn += [axes.annotate(str(i + 1), center, (3, 3), textcoords='offset points', color=color, fontsize=7)
+                  for i, (center, color) in enumerate(zip(points.centers, colors))]
+    return drawn
 
-    Parameters
-    ----------
-    file : binary file
-    kind : str
-        'png', 'pdf' or 'svg'.
-    thumbnails : list of Thumbnail
-        Before, background, after, and what became black.
-    shape : (int, int, int)
-        Height, width and number of channels of the frame, for the axes.
-    points : Points
-    misfits : list of int
-        Indices of points with a warning.
-    sky : (n_channels,) ndarray
-        Its level.
+
+def draw_preview(file, kind, image, points, misfits, model, method, sky, radius):
+    """Draw the points on the picture, the background with its contour lines, and the result; blue is what became black.
+
+    Into a binary file, as 'png', 'pdf' or 'svg'; misfits are indices of points, method and sky as in `correct`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    height, width, _ = shape
-    panel = 5 * np.array([width, height]) / max(width, height)
-    figure = Figure(figsize=(3 * panel[0] + 1.5, panel[1] + 0.8), layout='constrained')
+    height, width, _ = image.shape
+    before, factor = read_binned(image, 0, width, 0, height)
+    background = model.shrunk(factor).evaluate(0, *before.shape[:2])
+    after, black = correct_binned(before, background, method, sky, image.dtype)
+    panel = 6 * np.array([width, height]) / max(width, height)
+    figure = Figure(figsize=(3 * max(panel[0], 2.5) + 1.5, max(panel[1], 2) + 0.8), layout='constrained')
     FigureCanvasAgg(figure)
-    *means, black = [thumbnail.means() for thumbnail in thumbnails]
-    before, background, after = means
-    stretched = stretch_midtones(before), stretch_midtones(background, before), stretch_midtones(after)
-    pictures = [np.broadcast_to(picture, (*picture.shape[:2], 3)).copy() for picture in stretched]
-    pictures[2][black.max(axis=2) > 0.5] = 0, 0.2, 1
-    titles = 'before', 'background', f'after, the sky at {in_words(np.unique(sky))}'
-    for axes, picture, title in zip(figure.subplots(1, 3), pictures, titles):
+    pictures = [np.broadcast_to(picture, (*picture.shape[:2], 3)).copy() for picture in (
+        stretch_midtones(before), stretch_midtones(background, before), stretch_midtones(after))]
+    pictures[2][black] = 0, 0.2, 1
+    panels, titles = figure.subplots(1, 3), ('before', 'background', f'after, the sky at {in_words(np.unique(sky))}')
+    for axes, picture, title in zip(panels, pictures, titles):
         axes.imshow(picture, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
         axes.set_title(title)
         axes.set_autoscale_on(False)
-        if title == 'background':
-            for first in np.unique(points.leader):
-                line = points.leader == first
-                axes.plot(points.x[line], points.y[line], '-', color='tab:orange', linewidth=1)
-            axes.plot(points.x, points.y, 'o', color='tab:orange', markersize=3)
-            axes.plot(points.x[misfits], points.y[misfits], 'x', color='red', markersize=8)
-    figure.savefig(file, format=kind, dpi=120)
+    draw_points(panels[0], points, misfits, radius, numbered=len(points.x) <= 60)
+    level = background.mean(axis=2)
+    if np.ptp(level) > 1e-9 * np.abs(level).max() and min(level.shape) > 1:
+        y, x = (factor * (np.arange(n) + 0.5) - 0.5 for n in level.shape)
+        lines = panels[1].contour(x, y, level, 8, colors='white', linewidths=0.7)
+        panels[1].clabel(lines, fontsize=7, fmt=lambda value: in_words([value]))
+    figure.savefig(file, format=kind, dpi=130)
+
+
+# ---- Editor ---------------------------------------------------------------------------------------------------------
+
+class Editor:
+    """A window to set points by hand, with the background or the result beside the picture.
+
+    Starts with `pairs`, see `make_points`, of an image; settings have auto, sigma, smooth, method and sky of the
+    command line; save takes Points, writes them, and returns the file's name. `accepted`: whether Enter closed it.
+    """
+
+    HELP = ('click: add, Shift-click: to the isoline, drag: move, right click or Delete: remove, Ctrl-Z, Ctrl-Y; '
+            'a: automatic, v: view, s: save, Enter: write, Escape: leave')
+
+    def __init__(self, image, pairs, settings, title, save):
+        import matplotlib.pyplot as plt
+        self.image, self.settings, self._title, self._save = image, settings, title, save
+        self.pairs, self.accepted, self._shows_result = np.asarray(pairs, float).reshape(-1, 2), False, True
+        self._done, self._undone, self._saved, self._drawn = [], [], self.pairs, []
+        self._measured, self._dragged, self._window = {}, None, None
+        self.unusable, self.misfits, self.model = {}, [], None
+        height, width, _ = image.shape
+        self._picture, self._factor = read_binned(image, 0, width, 0, height, 700)  # as large as it is drawn
+        self.figure, (self.left, self.right) = plt.subplots(1, 2, figsize=(14, 6), layout='constrained', sharex=True,
+                                                            sharey=True)
+        self._status = self.figure.supxlabel(self.HELP, fontsize=9)
+        self._images = [axes.imshow(self._stretch(self._picture, self._picture), cmap='gray', vmin=0, vmax=255,
+                                    extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
+                        for axes in (self.left, self.right)]
+        self.left.set_autoscale_on(False)
+        for axes in (self.left, self.right):
+            axes.set_axis_off()  # text takes longest to draw
+        canvas = self.figure.canvas
+        if handler := getattr(canvas.manager, 'key_press_handler_id', None):
+            canvas.mpl_disconnect(handler)  # its keys are ours; the toolbar's buttons stay
+        for event, react in (('button_press_event', self._press), ('motion_notify_event', self._drag),
+                             ('button_release_event', self._release), ('key_press_event', self._key)):
+            canvas.mpl_connect(event, react)
+        # One timer that fires once: what happens before it does is gathered, so that no refits pile up.
+        self._timer = canvas.new_timer(interval=30)
+        self._timer.single_shot = True
+        self._timer.add_callback(self.update)
+        for name in ('xlim_changed', 'ylim_changed'):
+            self.left.callbacks.connect(name, lambda _: self._timer.start())
+        self.update()
+        self.figure.draw_without_rendering()
+        self.figure.set_layout_engine('none')  # once is enough
+
+    @staticmethod
+    def _stretch(picture, like):
+        stretched = (255 * stretch_midtones(picture, like)).astype(np.uint8)  # drawn faster than floats
+        return stretched if stretched.shape[2] == 3 else stretched[..., 0]
+
+    def points(self):
+        """Return the points that can be used."""
+        return make_points([pair for i, pair in enumerate(self.pairs) if i not in self.unusable])
+
+    def update(self):
+        """Measure what is new, fit, and draw."""
+        self.unusable, self.misfits, self.model, levels = self._check(), [], None, None
+        try:
+            points = self.points()
+            levels, noise = np.array([self._measured[points.x[i], points.y[i]] for i in points.leader]).swapaxes(0, 1)
+            self.model, text = fit_background(points, levels, self.settings.smooth), f'{len(points.x)} points'
+            if self.model.choice:
+                usable = np.setdiff1d(np.arange(len(self.pairs)), list(self.unusable))
+                self.misfits = [int(usable[i]) for i, _ in find_misfits(points, levels, noise, self.model.choice)]
+        except RmgradientError as error:
+            text = str(error)
+        reasons = dict.fromkeys(self.misfits, 'does not fit the others: on a star, a nebula or dust?') | self.unusable
+        self._draw(levels, list(reasons))
+        if reasons:
+            x, y = np.abs(self.pairs[max(reasons)]).astype(int)
+            text += f'; point {max(reasons) + 1} at ({x}, {y}) {reasons[max(reasons)]}'
+        self._status.set_text(f'{text}\n{self.HELP}')
+        unsaved = '' if np.array_equal(self._saved, self.pairs) else ' - points not saved'
+        self.left.set_title(self._title + unsaved, fontsize=10)
+        self.figure.canvas.draw_idle()
+
+    def _check(self):
+        """Measure new places, and return {index: reason} of the points that can't be used."""
+        reasons, seen, leader = {}, set(), 0
+        height, width, _ = self.image.shape
+        for i, (pair, place) in enumerate(zip(self.pairs, np.abs(self.pairs).astype(int).tolist())):
+            on_isoline, place = np.signbit(pair).any(), tuple(place)
+            leader = leader if on_isoline else i
+            if place in seen:
+                reasons[i] = 'is there twice'
+            elif on_isoline and not (place[0] < width and place[1] < height):
+                reasons[i] = 'is outside of the picture'
+            elif on_isoline and leader in reasons:
+                reasons[i] = 'is on the isoline of one that can not be used'
+            elif not on_isoline and isinstance(levels := self._measure(place), str):
+                reasons[i] = levels
+            seen.add(place)
+        return reasons
+
+    def _measure(self, place):
+        """Return level and noise at a place, or the reason why not, measured once."""
+        if place not in self._measured:
+            point = Points(*np.array([place]).T, np.zeros(1, int))
+            try:
+                self._measured[place] = np.vstack(measure_levels(self.image, point, self.settings.sigma))
+            except RmgradientError as error:
+                self._measured[place] = str(error).partition(') ')[2]
+        return self._measured[place]
+
+    def _draw(self, levels, bad):
+        for artist in self._drawn:
+            artist.remove()
+        leader = np.maximum.accumulate(np.where(np.signbit(self.pairs).any(axis=1), 0, np.arange(len(self.pairs))))
+        shown, radius = Points(*np.abs(self.pairs).astype(int).T, leader), math.ceil(3 * self.settings.sigma)
+        self._drawn = draw_points(self.left, shown, bad, radius, numbered=False) if len(leader) else []
+        self._read_window()
+        picture, like, name = self._picture, self._picture, 'give at least three points'
+        if self.model:
+            picture, name = self.model.shrunk(self._factor).evaluate(0, *picture.shape[:2]), 'background (v: result)'
+            if self._shows_result:
+                method, size = self.settings.method, self.image.shape[:2]
+                with contextlib.suppress(RmgradientError):
+                    sky = find_sky(self.settings.sky, method, levels, self.model, *size)
+                    picture, _ = correct_binned(self._picture, picture, method, sky, self.image.dtype)
+                    like, name = picture, 'result (v: background)'
+        self._images[1].set_data(self._stretch(picture, like))
+        self.right.set_title(name, fontsize=10)
+
+    def _read_window(self):
+        """Show the visible part of the picture, with all of its pixels where they are few enough."""
+        height, width, _ = self.image.shape
+        (x0, x1), (y0, y1) = sorted(self.left.get_xlim()), sorted(self.left.get_ylim())
+        left, right = max(0, math.floor(x0)), min(width, math.ceil(x1) + 1)
+        top, bottom = max(0, math.floor(y0)), min(height, math.ceil(y1) + 1)
+        window, self._window = self._window, (left, right, top, bottom)
+        if left < right and top < bottom and window != self._window:
+            part, factor = read_binned(self.image, *self._window, 700)
+            self._images[0].set_data(self._stretch(part, self._picture))
+            self._images[0].set_extent((left - 0.5, left + factor * part.shape[1] - 0.5,
+                                        top + factor * len(part) - 0.5, top - 0.5))
+
+    def _change(self, pairs, before=None):
+        """Take pairs, and remember those before for undo."""
+        self._done.append(self.pairs if before is None else before)
+        self.pairs, self._undone = pairs, []
+        self._timer.start()
+
+    def _near(self, event):
+        """Return the index of the point at the pointer, within some ten pixels of the screen, or None."""
+        reach = 10 * abs(np.diff(self.left.get_xlim())[0]) / max(1, self.left.bbox.width)
+        return None if event.xdata is None else nearest_pair(self.pairs, event.xdata, event.ydata, reach)
+
+    def _press(self, event):
+        if event.inaxes not in (self.left, self.right) or getattr(self.figure.canvas.toolbar, 'mode', ''):
+            return  # outside, or the toolbar's zoom or pan
+        near = self._near(event)
+        if event.button == 3 and near is not None:
+            self._change(remove_pair(self.pairs, near))
+        elif event.button == 1 and near is not None:
+            self._dragged = near, self.pairs
+        elif event.button == 1:
+            self._change(add_pair(self.pairs, round(event.xdata), round(event.ydata), event.key == 'shift'))
+
+    def _drag(self, event):
+        if self._dragged and event.xdata is not None:
+            height, width, _ = self.image.shape
+            place = np.clip([round(event.xdata), round(event.ydata)], 0, [width - 1, height - 1])
+            self.pairs = move_pair(self.pairs, self._dragged[0], *place)
+            self._timer.start()
+
+    def _release(self, _):
+        if self._dragged and not np.array_equal(self._dragged[1], self.pairs):
+            self._change(self.pairs, before=self._dragged[1])
+        self._dragged = None
+
+    def _key(self, event):
+        key = (event.key or '').lower().replace('cmd', 'ctrl')
+        try:
+            if key in ('delete', 'backspace') and (near := self._near(event)) is not None:
+                self._change(remove_pair(self.pairs, near))
+            elif key in ('ctrl+z', 'ctrl+y', 'ctrl+shift+z'):
+                source, target = (self._done, self._undone) if key == 'ctrl+z' else (self._undone, self._done)
+                if source:
+                    target.append(self.pairs)
+                    self.pairs = source.pop()
+            elif key == 'a':
+                given = self.points() if len(self.pairs) - len(self.unusable) >= 3 else None
+                chosen = choose_points(self.image, self.settings.auto or AUTO, self.settings.sigma, given).points
+                self._change(np.array(parse_points_file(format_points(chosen))))
+            elif key == 'v':
+                self._shows_result = not self._shows_result
+            elif key == 's':
+                return self.save()
+            elif key in ('enter', 'return', 'escape'):
+                self.accepted = key != 'escape' and bool(self.points())  # an error if there are too few
+                return self._close()
+            self._timer.start()
+        except (RmgradientError, OSError) as error:
+            self._status.set_text(f'{error}\n{self.HELP}')
+            self.figure.canvas.draw_idle()
+
+    def save(self):
+        """Save the points that can be used."""
+        name, self._saved = self._save(self.points()), self.pairs
+        self.update()
+        self._status.set_text(f'{name} written\n{self.HELP}')
+
+    def _close(self):
+        import matplotlib.pyplot as plt
+        plt.close(self.figure)
 
 
 # ---- Pipeline -------------------------------------------------------------------------------------------------------
@@ -2398,7 +2647,9 @@ def process(options):
     inputs = [path for path in (*options.input, options.points_file, options.reference) if path and path != '-']
     check_paths(inputs, [path for _, outputs in jobs for path in outputs.values()], options.overwrite)
     if options.preview and not importlib.util.find_spec('matplotlib'):
-        raise RmgradientError(f"{options.preview}: needs matplotlib; run: pip install 'rmgradient[plot]'")
+        raise RmgradientError(f"{options.preview}: needs matplotlib; run: pip install matplotlib")
+    if options.edit:
+        choose_toolkit()
     points = read_points(options)
     if len(jobs) == 1:
         process_picture(*jobs[0], points, options, progress_bar('strip'))
@@ -2444,32 +2695,80 @@ def process_picture(path, outputs, points, options, progress):
         for warning in image.warnings:
             logger.warning('%s: %s', path, warning)
         with about(path):
-            if options.reference:
-                points, levels, model = fit_with_reference(path, image, points, options, starmap)
-                misfits = []
-            else:
-                if options.auto is not None:
-                    chosen = choose_points(image, options.auto or AUTO, options.sigma, points, starmap)
-                    points = report_chosen(path, points, chosen)
-                levels, noise = measure_levels(image, points, options.sigma)
-                model = fit_background(points, levels, options.smooth)
-                misfits = report_model(path, points, levels, noise, model)
-        thumbnails = [Thumbnail(*image.shape) for _ in range(4)] if 'preview' in outputs else []
+            if options.auto is not None and not options.reference:
+                points = report_chosen(path, points, choose_points(image, options.auto or AUTO, options.sigma, points,
+                                                                   starmap))
+            if options.edit:
+                points = edit_points(path, image, points, outputs, options)
+                if points is None:
+                    logger.info('%s: left without a change', path)
+                    return
+            levels, model, misfits, points = fit_picture(path, image, points, options, starmap)
+            sky = find_sky(options.sky, options.method, levels, model, *image.shape[:2], options.rows, starmap)
         with whole_files(outputs, options.overwrite) as files:
-            if 'output' in files:
-                with about(path):
-                    sky = find_sky(options.sky, options.method, levels, model, *image.shape[:2], options.rows, starmap)
-                n_limited = write_pictures(path, outputs, files, image, model, sky, options, thumbnails, starmap)
+            if files.keys() & {'output', 'background'}:
+                n_limited = write_pictures(path, outputs, files, image, model, sky, options, starmap)
             if 'save_points' in files:
                 with about(outputs['save_points']):
-                    write_points(files['save_points'], path, points, image, options)
-            if thumbnails:
-                kind = os.path.splitext(outputs['preview'])[1][1:].lower()
+                    files['save_points'].write(points_file(path, points, image, options))
+            if 'preview' in files:
+                kind, radius = os.path.splitext(outputs['preview'])[1][1:].lower(), math.ceil(3 * options.sigma)
                 with about(outputs['preview']):
-                    draw_preview(files['preview'], kind, thumbnails, image.shape, points, misfits, sky)
+                    draw_preview(files['preview'], kind, image, points, misfits, model, options.method, sky, radius)
     if 'output' in outputs:
         report_limited(outputs['output'], 100 * n_limited / (image.shape[0] * image.shape[1]))
         logger.info('%s: written; the sky is level at %s', outputs['output'], in_words(sky))
+
+
+def fit_picture(path, image, points, options, starmap):
+    """Return levels, model, misfits, and the points that it went through."""
+    if options.reference:
+        points, levels, model = fit_with_reference(path, image, points, options, starmap)
+        return levels, model, [], points
+    levels, noise = measure_levels(image, points, options.sigma)
+    model = fit_background(points, levels, options.smooth)
+    return levels, model, report_model(path, points, levels, noise, model), points
+
+
+def choose_toolkit():
+    """Make matplotlib use a toolkit with windows, or raise RmgradientError that says what is missing."""
+    if not importlib.util.find_spec('matplotlib'):
+        raise RmgradientError("--edit needs matplotlib; run: pip install matplotlib")
+    import matplotlib
+    named, displays = os.environ.get('MPLBACKEND'), ('DISPLAY', 'WAYLAND_DISPLAY')
+    if not named and sys.platform not in ('win32', 'darwin') and not any(map(os.environ.get, displays)):
+        raise RmgradientError('--edit needs a display; without one, MPLBACKEND=WebAgg uses a browser (with tornado)')
+    for backend in [named] if named else ['TkAgg', 'QtAgg']:
+        with contextlib.suppress(Exception):  # of the toolkits, each raises its own
+            import matplotlib.pyplot as plt
+            plt.switch_backend(backend)
+            plt.close(plt.figure())
+            if matplotlib.get_backend().lower() not in ('agg', 'cairo', 'pdf', 'pgf', 'ps', 'svg', 'template'):
+                return
+    if named:
+        raise RmgradientError(f'--edit can not use MPLBACKEND={named}; leave it out, or install what it needs')
+    raise RmgradientError('--edit needs a toolkit for windows; run: apt install python3-tk, or: pip install PySide6')
+
+
+def edit_points(path, image, points, outputs, options):
+    """Let the user set points in a window; return them, or None if it was left without."""
+    import matplotlib.pyplot as plt
+    name = outputs.get('save_points') or os.path.splitext(path)[0] + '_points.txt'
+    overwrite = [options.overwrite]
+
+    def save(points):
+        check_paths([path], [name], overwrite[0])
+        with whole_files({'points': name}, overwrite[0]) as files:
+            files['points'].write(points_file(path, points, image, options))
+        overwrite[0] = True  # it is ours now
+        return name
+
+    pairs = [] if points is None else parse_points_file(format_points(points))
+    editor = Editor(image, pairs, options, os.path.basename(path), save)
+    plt.show(block=True)
+    if editor.accepted and outputs.pop('save_points', None):
+        editor.save()
+    return editor.points() if editor.accepted else None
 
 
 def fit_with_reference(path, image, points, options, starmap):
@@ -2507,45 +2806,40 @@ def read_points(options):
     return None
 
 
-def write_points(file, path, points, image, options):
-    """Write the points in the format of -f."""
+def points_file(path, points, image, options):
+    """Return the bytes of a file of points in the format of -f."""
     height, width, _ = image.shape
     lines = [f'# {os.path.basename(path)}, {width} x {height} pixels, sigma {options.sigma:g}',
              *format_points(points)]
-    file.write(('\n'.join(lines) + '\n').encode('utf-8', 'replace'))
+    return ('\n'.join(lines) + '\n').encode('utf-8', 'replace')
 
 
-def write_pictures(path, outputs, files, image, model, sky, options, thumbnails, starmap):
+def write_pictures(path, outputs, files, image, model, sky, options, starmap):
     """Write the corrected picture and the background; return how many pixels became black and white.
 
-    Memory: a few strips a worker. Before, background, after and what became black are added to thumbnails, if there are
-    any.
+    Memory: a few strips a worker.
     """
     height, width, n_channels = image.shape
-    above, lowest = model.above(sky), np.iinfo(image.dtype).min if image.dtype.kind in 'ui' else 0
+    above, keep_no_data = model.above(sky), not is_classic(model, options.sky)
     writers = {kind: TiffStrips(files[kind], image, n_samples, options.rows, options.compress)
                for kind, n_samples in (('output', image.n_samples), ('background', n_channels)) if kind in files}
 
     def finish(start, stop):
-        shrunk = lambda rows: [shrink(rows[..., :n_channels], start, thumbnails[0].factor)] if thumbnails else []
-        with about(path):
-            strip = image.read(start, stop)
-            before, was_black = shrunk(strip), strip[..., :n_channels] <= lowest if thumbnails else None
-            n_limited = correct_rows(strip, start, above, options.method, sky, options.dither,
-                                     keep_no_data=not is_classic(model, options.sky))
-        encoded = {'output': writers['output'].encode(strip)}
-        background = model.evaluate(start, stop, width) if 'background' in files or thumbnails else None
+        encoded, n_limited = {}, 0
+        if 'output' in files:
+            with about(path):
+                strip = image.read(start, stop)
+                n_limited = correct_rows(strip, start, above, options.method, sky, options.dither, keep_no_data)
+            encoded['output'] = writers['output'].encode(strip)
         if 'background' in files:
+            background = model.evaluate(start, stop, width)
             noise = dither_noise(start, stop, width, n_channels, stream=1) if options.dither else None
             encoded['background'] = writers['background'].encode(to_dtype(background, image.dtype, noise))
-        black = (strip[..., :n_channels] <= lowest) & ~was_black if thumbnails else None
-        return encoded, n_limited, before + shrunk(background) + shrunk(strip) + shrunk(black)
+        return encoded, n_limited
 
     total = np.zeros(2, int)
-    for encoded, n_limited, shrunk in starmap(finish, row_groups(height, options.rows)):
+    for encoded, n_limited in starmap(finish, row_groups(height, options.rows)):
         total += n_limited
-        for thumbnail, sums in zip(thumbnails, shrunk):
-            thumbnail.add(*sums)
         for kind, writer in writers.items():
             with about(outputs[kind]):
                 writer.append(encoded[kind])
@@ -2592,8 +2886,8 @@ def report_chosen(path, given, chosen):
     logger.info('%s: %d points chosen from %d quiet places', path, len(chosen.points.x) - n_given, chosen.n_places)
     if not chosen.agree:
         logger.warning('%s: the quiet places do not agree on one smooth sky, as where a nebula or the Milky Way fills '
-                       'the frame; look at --preview, and help -a with five or more certain points of empty sky (-p or '
-                       '-f), or with a --reference', path)
+                       'the frame; look at --preview, and help -a with five or more certain points of empty sky '
+                       '(-p, -f or --edit), or with a --reference', path)
     return chosen.points
 
 
@@ -2619,13 +2913,14 @@ def report_model(path, points, levels, noise, model):
     for i, error in misfits:
         hint = 'brighter than its neighbors suggest: on a star or nebula?' if error > 0 else (
             'darker than its neighbors suggest: on a dust cloud or border?')
-        logger.warning('%s: point (%d, %d) is %.3g %s', path, points.x[i], points.y[i], abs(error), hint)
+        rounded = in_words([float(f'{abs(error):.3g}')])
+        logger.warning('%s: point (%d, %d) is %s %s', path, points.x[i], points.y[i], rounded, hint)
     return [i for i, _ in misfits]
 
 
 def in_words(values):
-    """Return the values of the channels as text."""
-    return ', '.join(f'{value:.5g}' for value in values)
+    """Return the values of the channels as text, as people write numbers."""
+    return ', '.join(f'{value:.0f}' if 1e4 <= abs(value) < 1e12 else f'{value:.5g}' for value in values)
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -2638,18 +2933,18 @@ def build_parser():
     files = parser.add_argument_group('input and output')
     files.add_argument('-i', '--input', metavar='FILE', nargs='+', required=True, help='pictures to correct (TIFF)')
     files.add_argument('-o', '--output', metavar='FILE',
-                       help='corrected picture (TIFF of the same type); required, but for -a with --save-points. '
+                       help='corrected picture (TIFF of the same type). '
                        'For several pictures this is a folder that exists, and so are -b, --save-points and --preview')
     files.add_argument('-b', '--background', metavar='FILE', help='also write the background that is removed: '
                        'output = input - (background - sky)')
     files.add_argument('-c', '--compress', metavar='LEVEL', type=number(0, 9, int), default=0,
                        help='deflate level of the files written, 0 is none (default: %(default)s)')
     files.add_argument('--save-points', metavar='FILE', help='write the points used, for -f')
-    files.add_argument('--preview', metavar='FILE', type=preview_name, help='picture of before, background with '
-                       'points, and after (PNG, PDF or SVG by its ending; needs matplotlib)')
+    files.add_argument('--preview', metavar='FILE', type=preview_name, help='picture of before with points, '
+                       'background, and after (PNG, PDF or SVG by its ending; needs matplotlib)')
     files.add_argument('--overwrite', action='store_true', help='replace files that exist')
 
-    choice = parser.add_argument_group('points', 'at least one of these; -a adds to the points of -p or -f')
+    choice = parser.add_argument_group('points', 'at least one of these; -a adds to those of -p or -f')
     given = choice.add_mutually_exclusive_group()
     given.add_argument('-p', '--points', metavar=('X', 'Y'), nargs='+', help='points of empty sky, in pixels')
     given.add_argument('-f', '--points-file', metavar='FILE',
@@ -2658,6 +2953,9 @@ def build_parser():
                         help='choose points, one from each cell of a grid with N cells along the longer side '
                         f'(default: {AUTO}; {REFERENCE_AUTO} with --reference), where there are neither stars nor '
                         'nebulae; points given are certain')
+
+    choice.add_argument('--edit', action='store_true', help='set points by hand in a window that shows the result; '
+                        'begins with those of -p, -f or -a, and names its keys (needs matplotlib)')
 
     model = parser.add_argument_group('model')
     model.add_argument('-s', '--sigma', metavar='PIXELS', type=number(0.1, 10000), default=SIGMA,
@@ -2740,11 +3038,10 @@ def main(argv=None):
     """Run the command line, `sys.argv` by default, and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    if not options.output and (options.auto is None or not options.save_points or options.background
-                               or options.preview):
-        parser.error('the following arguments are required: -o/--output')
-    if options.points is None and options.points_file is None and options.auto is None:
-        parser.error('one of the arguments -p/--points, -f/--points-file and -a/--auto is required')
+    if not (options.edit or any(getattr(options, kind) for kind in OUTPUTS)):
+        parser.error('nothing to write: give -o/--output, or --save-points, --preview or -b/--background')
+    if options.points is None and options.points_file is None and options.auto is None and not options.edit:
+        parser.error('one of the arguments -p/--points, -f/--points-file, -a/--auto and --edit is required')
     if options.reference is not None and options.smooth != 'auto':
         parser.error('--reference needs --smooth auto')
     if options.points is not None:

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the pictures of the README from test_data/sky.tif, with automatic points: before_after.jpg, sky_levels.jpg."""
+"""Draw the pictures of the README from test_data/sky.tif, with automatic points."""
+import argparse
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import tifffile
 from matplotlib.image import imsave
@@ -31,3 +33,17 @@ side_by_side('before_after.jpg', stretch(sky.astype(float)), stretch(corrected('
 # The same stretch for all three, so that levels compare.
 side_by_side('sky_levels.jpg', *(stretch(corrected(level), corrected('gray'))[:, 100:500]
                                  for level in ('gray', 'color', 'darkest')))
+
+
+# The preview, and the window of the editor, with two points that are not on empty sky.
+levels, _ = rmgradient.measure_levels(sky, points)
+model = rmgradient.fit_background(points, levels)
+level = rmgradient.find_sky('gray', 'subtract', levels, model, *sky.shape[:2])
+with open(here / 'preview.jpg', 'wb') as file:
+    rmgradient.draw_preview(file, 'jpg', sky, points, [], model, 'subtract', level, 24)
+
+matplotlib.use('Agg')
+few = [*points.centers[::2], (395, 195), (10, 200)]
+settings = argparse.Namespace(auto=None, sigma=8.0, smooth='auto', method='subtract', sky=None)
+editor = rmgradient.Editor(sky, few, settings, 'sky.tif', None)
+editor.figure.savefig(here / 'editor.jpg', dpi=90)

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import tifffile
+from conftest import draw
 from matplotlib.image import imread
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.ndimage import gaussian_filter
@@ -377,12 +378,10 @@ def test_saved_isolines_are_read_again(cli):
 def test_points_alone_need_no_output(big):
     assert rg.main(['-q', '-i', 'sky.tif', '-a', '--save-points', 'points']) == 0
     assert big.files() == ['points', 'sky.tif']
-    for arguments in (['-a'], ['-a', '--save-points', 'p', '-b', 'bg.tif'], ['-p', '30', '30', '--save-points', 'p'],
-                      ['-a', '--save-points', 'p', '--preview', 'p.png']):
-        with pytest.raises(SystemExit) as stop:
-            rg.main(['-i', 'sky.tif', *arguments])
-        assert stop.value.code == 2
-        assert 'required: -o/--output' in big.capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        rg.main(['-i', 'sky.tif', '-a'])
+    assert stop.value.code == 2
+    assert 'nothing to write: give -o/--output' in big.capsys.readouterr().err
 
 
 def test_auto_options_and_errors(cli):
@@ -397,28 +396,37 @@ def test_auto_options_and_errors(cli):
 def test_preview_shows_three_panels(big):
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     sky = np.clip(big.sky + 40000 * np.exp(-((x - 450) ** 2 + (y - 300) ** 2) / 50)[..., None], 0, 65535)
+    sky[-20:, :40] = 5  # becomes black
     tifffile.imwrite('sky.tif', sky.astype(np.uint16), photometric='rgb')
-    good = [(px, py) for px in range(40, 880, 90) for py in range(40, 580, 80)
+    good = [(px, py) for px in range(40, 880, 90) for py in range(60, 580, 80)
             if sky[py - 24:py + 25, px - 24:px + 25].max() < 9000]
     points = ['-p', *(str(v) for p in good for v in p), '453', '303']
     assert big('--preview', 'preview.png', points=points) == 0
     assert 'point (453, 303)' in big.stderr
-    pixels = np.rint(imread(big.folder / 'preview.png') * 255).astype(np.uint8)
+    pixels = np.rint(imread(big.folder / 'preview.png') * 255).astype(np.uint8)[..., :3].astype(int)
     height, width, _ = pixels.shape
     assert 2.2 < width / height < 5
-    orange = (np.abs(pixels[..., :3].astype(int) - [255, 127, 14]).sum(axis=2) < 30)
-    red = (pixels[..., 0] > 240) & (pixels[..., 1:3].max(axis=2) < 40)
-    for mask in (orange, red):  # points and the cross are in the middle panel alone
+    orange = np.abs(pixels - [255, 165, 0]).sum(axis=2) < 30
+    red = (pixels[..., 0] > 240) & (pixels[..., 1:].max(axis=2) < 40)
+    blue = np.abs(pixels - [0, 51, 255]).sum(axis=2) < 30
+    for mask, part in ((orange, 0), (red, 0), (blue, 2)):  # points and misfits on the picture; black in the result
         columns = np.flatnonzero(mask.any(axis=0))
         assert len(columns)
-        assert width * 0.3 < columns.min()
-        assert columns.max() < width * 0.7
+        assert width * part / 3 < columns.min()
+        assert columns.max() < width * (part + 1.05) / 3
     # Before: the lower left is brighter than the upper right. After: about the same.
-    panels = [pixels[:, int(width * a):int(width * (a + 0.25)), :3].astype(float) for a in (0.06, 0.72)]
+    panels = [pixels[:, int(width * a):int(width * (a + 0.27))].astype(float) for a in (0.05, 0.71)]
     differences = [np.median(panel[int(height * 0.7):int(height * 0.8), :80]) -
-                   np.median(panel[int(height * 0.2):int(height * 0.3), -80:]) for panel in panels]
+                   np.median(panel[int(height * 0.25):int(height * 0.35), -80:]) for panel in panels]
     assert differences[0] > 30
     assert abs(differences[1]) < 12
+
+
+def test_preview_needs_no_output(big):
+    assert rg.main(['-q', '-i', 'sky.tif', '-a', '--preview', 'p.png', '--save-points', 'points']) == 0
+    assert big.files() == ['p.png', 'points', 'sky.tif']
+    assert rg.main(['-q', '-i', 'sky.tif', '-f', 'points', '-b', 'bg.tif']) == 0
+    assert big.files() == ['bg.tif', 'p.png', 'points', 'sky.tif']
 
 
 @pytest.mark.parametrize(('name', 'begin'), [('p.pdf', b'%PDF'), ('p.SVG', b'<?xml'), ('p.png', b'\x89PNG')])
@@ -434,20 +442,53 @@ def test_preview_errors(cli, monkeypatch):
     (cli.folder / 'preview.png').write_text('old')
     cli.fails('--preview', 'preview.png', match='preview.png: exists')
     monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: None)
-    cli.fails('--preview', 'other.png', match="needs matplotlib; run: pip install 'rmgradient[plot]'")
+    cli.fails('--preview', 'other.png', match="needs matplotlib; run: pip install matplotlib")
 
 
 @pytest.mark.parametrize('size', [(90, 120), (1100, 301), (301, 1100), (3, 2001)])
-def test_thumbnail_is_the_mean_of_blocks(size):
-    picture = np.random.default_rng(14).uniform(0, 9, (*size, 2))
-    thumbnail = rg.Thumbnail(*picture.shape)
-    k = thumbnail.factor
-    for start, stop in reversed(rg.row_groups(size[0], 77)):
-        thumbnail.add(*rg.shrink(picture[start:stop], start, k))
-    expected = [[picture[y:y + k, x:x + k].mean(axis=(0, 1)) for x in range(0, size[1], k)]
+def test_binned_picture_is_the_mean_of_four_rows(size):
+    picture = np.random.default_rng(14).integers(0, 9, (*size, 2))
+    binned, k = rg.read_binned(picture, 0, size[1], 0, size[0], 250)
+    expected = [[picture[y:min(y + k, y + 4), x:x + k].mean(axis=(0, 1)) for x in range(0, size[1], k)]
                 for y in range(0, size[0], k)]
-    assert max(np.shape(expected)[:2]) <= 1001
-    assert_allclose(thumbnail.means(), expected, rtol=1e-12)
+    assert max(np.shape(expected)[:2]) <= 251
+    assert_allclose(binned, expected, rtol=1e-12)
+    part, k = rg.read_binned(picture, 1, 3, 0, 2)
+    assert k == 1
+    assert_array_equal(part, picture[0:2, 1:3])
+
+
+@pytest.mark.parametrize('method', ['subtract', 'stretch', 'divide'])
+@pytest.mark.parametrize('dtype', ['u1', 'u2', 'f4'])
+def test_binned_result_is_that_of_the_pixels(method, dtype):
+    sky, background = draw(dtype=np.dtype(dtype))
+    if dtype == 'f4':
+        sky = sky.clip(0, 1)
+    level = np.median(background, axis=(0, 1))
+    after, black = rg.correct_binned(sky.astype(float), background, method, level, sky.dtype)
+    expected = rg.correct(sky, background - level, method, level)
+    assert np.abs(after.clip(0, 255 if dtype == 'u1' else 65535) - expected).max() < (1e-6 if dtype == 'f4' else 0.51)
+    assert not black.any()
+    sky[:5, -5:] = 0  # no data
+    sky[20, 50:60] = sky.max() // 99 if dtype != 'f4' else 1e-4
+    after, black = rg.correct_binned(sky.astype(float), background + 2 * level, method, level, sky.dtype)
+    assert (after[:5, -5:] == 0).all()
+    assert black[20, 50:60].all() == (method != 'divide')
+    assert not black[:5, -5:].any()
+
+
+@pytest.mark.parametrize('factor', [1, 3, 8])
+def test_shrunk_model(factor):
+    points = rg.make_points(np.random.default_rng(4).integers(0, 240, (20, 2)))
+    levels = np.stack([100 + points.x + np.hypot(points.x - 99, points.y), 7.0 * points.y], axis=1)
+    model = rg.fit_background(points, levels)
+    full = model.evaluate(0, 240, 240)
+    middle = np.arange(factor // 2, 240, factor)  # of the large pixels, where their number of small ones is odd
+    small = model.shrunk(factor).evaluate(0, 240 // factor, 240 // factor)
+    if factor == 8:
+        full = (full[:-1, :-1] + full[1:, 1:] + full[1:, :-1] + full[:-1, 1:]) / 4
+        middle = middle - 1
+    assert_allclose(small, full[np.ix_(middle, middle)], rtol=0, atol=1e-6 if factor != 8 else 0.5)
 
 
 def test_midtones_take_the_median_to_a_quarter():

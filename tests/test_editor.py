@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Points set by hand: what can be done to them, and the window, with events of matplotlib and of a real screen."""
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import tifffile
+from conftest import ROOT
+from matplotlib.backend_bases import KeyEvent, MouseEvent
+from numpy.testing import assert_allclose, assert_array_equal
+
+import rmgradient as rg
+
+HEIGHT, WIDTH = 400, 600
+
+
+def signs(pairs):
+    return np.signbit(pairs).any(axis=1).tolist()
+
+
+# ---- what can be done to points -------------------------------------------------------------------------------------
+
+PAIRS = np.array([[10, 20], [-30, -40], [-0.0, -5], [60, 70], [80, 90]])
+
+
+def test_add():
+    assert rg.add_pair(np.zeros((0, 2)), 3, 4, on_isoline=True).tolist() == [[3, 4]]
+    assert signs(rg.add_pair(np.zeros((0, 2)), 3, 4, on_isoline=True)) == [False]
+    added = rg.add_pair(PAIRS, 0, 0, on_isoline=True)
+    assert signs(added) == [*signs(PAIRS), True]
+    assert signs(rg.add_pair(PAIRS, 0, 0)) == [*signs(PAIRS), False]
+    assert len(PAIRS) == 5  # as it was
+
+
+def test_move_keeps_the_isoline():
+    moved = rg.move_pair(PAIRS, 2, 7, 0)
+    assert signs(moved) == signs(PAIRS)
+    assert np.abs(moved[2]).tolist() == [7, 0]
+    assert signs(rg.move_pair(PAIRS, 3, 0, 0)) == signs(PAIRS)
+    assert PAIRS[2].tolist() == [0, -5]
+
+
+def test_remove_hands_the_isoline_on():
+    assert rg.remove_pair(PAIRS, 3).tolist() == PAIRS[[0, 1, 2, 4]].tolist()
+    rest = rg.remove_pair(PAIRS, 0)
+    assert rest[0].tolist() == [30, 40]
+    assert signs(rest) == [False, True, False, False]
+    assert signs(rg.remove_pair(PAIRS, 1)) == [False, True, False, False]
+    assert signs(rg.remove_pair(PAIRS, 4)) == [False, True, True, False]
+
+
+def test_nearest():
+    assert rg.nearest_pair(PAIRS, 31, 41, 5) == 1
+    assert rg.nearest_pair(PAIRS, 31, 51, 5) is None
+    assert rg.nearest_pair(np.zeros((0, 2)), 1, 1, 5) is None
+
+
+# ---- the window, with events of matplotlib's own --------------------------------------------------------------------
+
+class Hand:
+    """Does to an editor what a user does; the timer of a canvas without a screen never fires, so `settle` stands in."""
+
+    def __init__(self, editor):
+        self.editor, self.canvas = editor, editor.figure.canvas
+        self.canvas.draw()
+        self.canvas.draw_idle = lambda: None  # nobody looks
+
+    def _mouse(self, name, x, y, button=None, key=None):
+        at = self.editor.left.transData.transform([x, y])
+        event = MouseEvent(name, self.canvas, *at, button, key)
+        self.canvas.callbacks.process(name, event)
+
+    def click(self, x, y, button=1, key=None):
+        self._mouse('button_press_event', x, y, button, key)
+        self._mouse('button_release_event', x, y, button, key)
+        self.editor.update()
+
+    def drag(self, *places):
+        self._mouse('button_press_event', *places[0], 1)
+        for place in places[1:]:
+            self._mouse('motion_notify_event', *place)
+        self._mouse('button_release_event', *places[-1], 1)
+        self.editor.update()
+
+    def press(self, key, x=300, y=200):
+        at = self.editor.left.transData.transform([x, y])
+        self.canvas.callbacks.process('key_press_event', KeyEvent('key_press_event', self.canvas, key, *at))
+        self.said = self.status
+        self.editor.update()
+
+    def set(self, places):
+        self.editor.pairs = np.array(places, float)
+        self.editor.update()
+
+    @property
+    def status(self):
+        return self.editor._status.get_text()
+
+    @property
+    def title(self):
+        return self.editor.left.get_title()
+
+
+@pytest.fixture
+def sky():
+    return tifffile.imread(ROOT / 'test_data' / 'sky.tif')
+
+
+SETTINGS = {'auto': None, 'sigma': 8.0, 'smooth': 'auto', 'method': 'subtract', 'sky': None}
+
+
+@pytest.fixture
+def hand(sky):
+    matplotlib.use('Agg')
+    saved = []
+
+    def save(points):
+        saved.append(points)
+        return 'my_points'
+    editor = rg.Editor(sky, [], argparse.Namespace(**SETTINGS), 'sky.tif', save)
+    hand = Hand(editor)
+    hand.saved = saved
+    yield hand
+    plt.close('all')
+
+
+PLACES = [(40, 40), (300, 40), (560, 60), (50, 350), (300, 370), (550, 360), (120, 200)]
+
+
+def test_points_are_added_moved_removed_undone_and_redone(hand):
+    assert 'no points' in hand.status
+    for place in PLACES:
+        hand.click(*place)
+    assert hand.editor.pairs.tolist() == [list(place) for place in PLACES]
+    hand.drag((120, 200), (125, 180), (60, 190), (130, 150))
+    assert hand.editor.pairs[6].tolist() == [130, 150]
+    hand.click(300, 40, button=3)
+    assert [300, 40] not in hand.editor.pairs.tolist()
+    hand.press('delete', 560, 60)
+    assert len(hand.editor.pairs) == 5
+    hand.press('delete', 200, 200)  # nothing there
+    for _ in range(3):
+        hand.press('ctrl+z')
+    assert hand.editor.pairs.tolist() == [list(place) for place in PLACES]
+    hand.press('ctrl+y')
+    assert hand.editor.pairs[6].tolist() == [130, 150]
+    for _ in range(12):
+        hand.press('ctrl+z')
+    assert len(hand.editor.pairs) == 0
+    hand.press('ctrl+shift+z')
+    hand.click(200, 100)
+    hand.press('ctrl+y')  # nothing to redo after a change
+    assert len(hand.editor.pairs) == 2
+
+
+def test_background_is_that_of_the_points(hand, sky):
+    hand.set(PLACES)
+    expected = rg.fit_background(rg.make_points(PLACES), rg.measure_levels(sky, rg.make_points(PLACES))[0])
+    assert_allclose(hand.editor.model.evaluate(0, HEIGHT, WIDTH), expected.evaluate(0, HEIGHT, WIDTH), rtol=1e-9)
+    assert 'result' in hand.editor.right.get_title()
+    result = hand.editor._images[1].get_array()
+    assert_allclose(result, 255 * rg.stretch_midtones(sky - expected.evaluate(0, HEIGHT, WIDTH)), atol=4)
+    hand.press('v')
+    assert 'background' in hand.editor.right.get_title()
+    background = rg.stretch_midtones(expected.evaluate(0, HEIGHT, WIDTH), sky.astype(float))
+    assert_allclose(hand.editor._images[1].get_array(), 255 * background, atol=1)
+
+
+def test_isoline_by_shift(hand):
+    hand.click(40, 40)
+    hand.click(300, 3, key='shift')  # may touch the border
+    hand.click(560, 60)
+    hand.click(300, 370)
+    assert signs(hand.editor.pairs) == [False, True, False, False]
+    assert hand.editor.unusable == {}
+    points = hand.editor.points()
+    assert points.leader.tolist() == [0, 0, 2, 3]
+    hand.click(40, 40, button=3)
+    assert signs(hand.editor.pairs) == [False, False, False]
+    assert 'within 24 pixels of the border' in hand.editor.unusable[0]
+
+
+def test_what_can_not_be_used_is_said(hand):
+    hand.set(PLACES)
+    hand.click(5, 200)
+    assert hand.editor.unusable == {7: 'is within 24 pixels of the border; lower --sigma or move it'}
+    assert 'point 8 at (5, 200) is within 24 pixels' in hand.status
+    assert len(hand.editor.points().x) == 7
+    colors = hand.editor._drawn[1].get_edgecolors()
+    red = (colors == [1, 0, 0, 1]).all(axis=1)
+    assert red.tolist() == [False] * 7 + [True]
+    hand.drag((5, 200), (40, 200))
+    assert hand.editor.unusable == {}
+    hand.drag((40, 200), (300, 40))
+    assert hand.editor.unusable == {7: 'is there twice'}
+
+
+def test_misfits_are_shown_and_stay(hand):
+    hand.editor.pairs = np.array([(x, y) for x in range(40, 600, 75) for y in range(40, 400, 80)
+                                  if np.hypot((x - 390) / 1.5, y - 190) > 110], float)
+    hand.editor.update()
+    hand.click(390, 190)  # the nebula
+    last = len(hand.editor.pairs) - 1
+    assert last in hand.editor.misfits
+    assert 'does not fit the others' in hand.status
+    assert len(hand.editor.points().x) == last + 1
+
+
+def test_automatic_points_around_those_set(hand):
+    hand.set(PLACES[:4])
+    hand.press('a')
+    assert hand.editor.pairs[:4].tolist() == [list(place) for place in PLACES[:4]]
+    assert len(hand.editor.pairs) > 60
+    hand.press('ctrl+z')
+    assert len(hand.editor.pairs) == 4
+
+
+def test_title_tells_what_is_not_saved(hand):
+    hand.set(PLACES)
+    assert hand.title == 'sky.tif - points not saved'
+    hand.press('s')
+    assert hand.title == 'sky.tif'
+    saved, = hand.saved
+    assert saved.x.tolist() == [x for x, _ in PLACES]
+    hand.drag((120, 200), (125, 180))
+    assert 'not saved' in hand.title
+    hand.press('ctrl+z')
+    assert 'not saved' not in hand.title
+
+
+def test_enter_needs_points_and_escape_leaves(hand):
+    hand.press('enter')
+    assert not hand.editor.accepted
+    hand.set(PLACES)
+    hand.press('escape')
+    assert not hand.editor.accepted
+    assert not plt.fignum_exists(hand.editor.figure.number)
+    hand.press('enter')
+    assert hand.editor.accepted
+
+
+def test_zoom_shows_the_pixels(sky):
+    matplotlib.use('Agg')
+    large = np.kron(sky, np.ones((5, 5, 1), np.uint16))
+    editor = rg.Editor(large, [], argparse.Namespace(**SETTINGS), 'large', None)
+    assert editor._images[0].get_array().shape[:2] == (400, 600)
+    editor.left.set_xlim(1000, 1200)
+    editor.left.set_ylim(1100, 1000)
+    editor.update()
+    shown = editor._images[0]
+    left, right, bottom, top = shown.get_extent()
+    assert shown.get_array().shape[:2] == (101, 201)
+    assert (left, right, bottom, top) == (999.5, 1200.5, 1100.5, 999.5)
+    whole, _ = rg.read_binned(large, 0, 3000, 0, 2000, 700)
+    expected = rg.stretch_midtones(large[1000:1101, 1000:1201].astype(float), whole)
+    assert_allclose(shown.get_array(), 255 * expected, atol=1)
+    plt.close('all')
+
+
+def test_only_new_levels_are_measured_and_one_refit_waits(hand, monkeypatch):
+    hand.set(PLACES)
+    measured, real, started = [], rg.measure_levels, []
+
+    def watch(image, points, sigma):
+        measured.append(len(points.x))
+        return real(image, points, sigma)
+    monkeypatch.setattr(rg, 'measure_levels', watch)
+    monkeypatch.setattr(hand.editor._timer, 'start', lambda: started.append(1))
+    hand.drag((120, 200), *((120 + i, 200) for i in range(1, 50)))
+    assert measured == [1]  # at the end; the fifty steps between only set the timer anew
+    assert len(started) >= 49
+    assert hand.editor._timer.single_shot
+
+
+def test_gray_pictures_and_other_methods(sky):
+    matplotlib.use('Agg')
+    for method, level in (('divide', None), ('stretch', 'darkest'), ('subtract', 3000.0)):
+        settings = argparse.Namespace(**{**SETTINGS, 'method': method, 'sky': level})
+        editor = rg.Editor(sky[..., :1], PLACES, settings, 'gray', None)
+        assert editor._images[1].get_array().shape == (HEIGHT, WIDTH)
+        assert 'result' in editor.right.get_title()
+    plt.close('all')
+
+
+# ---- from the command line ------------------------------------------------------------------------------------------
+
+def test_without_display_or_toolkit(cli, monkeypatch):
+    for name in ('DISPLAY', 'WAYLAND_DISPLAY', 'MPLBACKEND'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, 'platform', 'linux')
+    cli.fails('--edit', points=[], match='--edit needs a display; without one, MPLBACKEND=WebAgg uses a browser')
+    monkeypatch.setenv('MPLBACKEND', 'Agg')
+    cli.fails('--edit', points=[], match='--edit can not use MPLBACKEND=Agg')
+    monkeypatch.delenv('MPLBACKEND')
+    monkeypatch.setenv('DISPLAY', ':98765')
+    cli.fails('--edit', points=[], match='--edit needs a toolkit for windows; run: apt install python3-tk, or: pip')
+    monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: None)
+    cli.fails('--edit', points=[], match="--edit needs matplotlib; run: pip install matplotlib")
+
+
+@pytest.fixture
+def scripted(cli, sky, monkeypatch):
+    """Run --edit with a user who is a function of the editor's hand."""
+    matplotlib.use('Agg')
+    tifffile.imwrite('sky.tif', sky, photometric='rgb')
+    monkeypatch.setattr(rg, 'choose_toolkit', lambda: None)
+    editors, real = [], rg.Editor
+    monkeypatch.setattr(rg, 'Editor', lambda *arguments: editors.append(real(*arguments)) or editors[-1])
+
+    def run(user, *arguments, points=()):
+        monkeypatch.setattr(plt, 'show', lambda block: user(Hand(editors[-1])))
+        return cli(*arguments, '--edit', points=list(points))
+    run.cli = cli
+    yield run
+    plt.close('all')
+
+
+def test_result_is_that_of_the_saved_points(scripted):
+    def user(hand):
+        assert hand.editor.pairs.tolist() == [[100, 100], [200, 200], [300, 100]]
+        for place in PLACES[:3]:
+            hand.click(*place)
+        hand.press('enter')
+    assert scripted(user, '--save-points', 'points', points=['-p', *'100 100 200 200 300 100'.split()]) == 0
+    cli = scripted.cli
+    assert cli('-o', 'again.tif', points=['-f', 'points']) == 0
+    assert (cli.folder / 'again.tif').read_bytes() == (cli.folder / 'out.tif').read_bytes()
+    assert cli.files() == ['again.tif', 'out.tif', 'points', 'sky.tif']
+
+
+def test_escape_writes_nothing_but_what_was_saved(scripted):
+    def user(hand):
+        hand.set(PLACES)
+        hand.press('s')
+        hand.press('s')
+        hand.press('escape')
+    assert scripted(user) == 0
+    assert 'left without a change' in scripted.cli.stderr
+    assert scripted.cli.files() == ['sky.tif', 'sky_points.txt']
+
+    def other(hand):
+        hand.press('a')
+        hand.press('s')
+        assert 'sky_points.txt: exists' in hand.said
+        hand.press('escape')
+    assert scripted(other) == 0
+
+
+@pytest.mark.skipif(not (shutil.which('Xvfb') and shutil.which('xdotool')), reason='needs Xvfb and xdotool')
+def test_real_window(cli, sky):
+    pytest.importorskip('tkinter')
+    tifffile.imwrite('sky.tif', sky, photometric='rgb')
+    (cli.folder / 'start').write_text('\n'.join(f'{x} {y}' for x, y in PLACES))
+    screen = subprocess.Popen(['Xvfb', '-displayfd', '1', '-screen', '0', '1600x900x24'], stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, text=True)
+    try:
+        environment = {**os.environ, 'DISPLAY': f':{screen.stdout.readline().strip()}'}
+        environment.pop('MPLBACKEND', None)
+        command = '-q -i sky.tif -o out.tif -f start --save-points points --edit'.split()
+        process = subprocess.Popen([sys.executable, ROOT / 'rmgradient.py', *command], env=environment,
+                                   stderr=subprocess.PIPE, text=True)
+
+        def xdotool(*arguments):
+            done = subprocess.run(['xdotool', *map(str, arguments)], env=environment, capture_output=True, text=True)
+            return done.stdout.split()
+
+        for _ in range(100):
+            if window := xdotool('search', '--onlyvisible', '--name', 'Figure'):
+                break
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.2)
+        time.sleep(1.5)
+        xdotool('mousemove', '--window', window[0], 450, 250, 'click', 1)
+        time.sleep(0.7)
+        xdotool('key', 's')
+        for _ in range(50):
+            time.sleep(0.1)
+            if (cli.folder / 'points').exists():
+                break
+        xdotool('key', 'Return')
+        _, message = process.communicate(timeout=60)
+        assert (process.returncode, message) == (0, '')
+        pairs = rg.parse_points_file((cli.folder / 'points').read_text().splitlines())
+        assert_array_equal(pairs[:7], PLACES)
+        assert len(pairs) == 8
+        assert cli('-o', 'again.tif', points=['-f', 'points']) == 0
+        assert (cli.folder / 'again.tif').read_bytes() == (cli.folder / 'out.tif').read_bytes()
+    finally:
+        screen.kill()
+        screen.wait()
+        screen.stdout.close()
