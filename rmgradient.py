@@ -5,7 +5,7 @@
 # dependencies = ["numpy>=1.26", "scipy>=1.11.2", "tifffile[codecs]>=2024.8.10", "threadpoolctl>=3.1.0",
 #     "tqdm>=4.60.0"]
 # ///
-r"""Remove the background gradient from a TIFF picture of the sky.
+r"""Remove the background gradient from a TIFF or FITS picture of the sky.
 
 The color of the sky is measured at points of empty sky, a smooth surface is
 fitted through these levels, and the surface is subtracted so that the
@@ -61,6 +61,7 @@ import logging
 import math
 import numbers
 import re
+import shlex
 import stat
 import struct
 import threading
@@ -1582,7 +1583,7 @@ def dither_noise(start, stop, width, n_channels, stream=0):
     return np.stack(rows) - 0.5
 
 
-def correct_rows(strip, start, model, method='subtract', sky=None, dither=False, keep_no_data=True):
+def correct_rows(strip, start, model, method='subtract', sky=None, dither=False, keep_no_data=True, blank=None):
     """Remove the background from rows of the picture, in place.
 
     Parameters
@@ -1599,6 +1600,8 @@ def correct_rows(strip, start, model, method='subtract', sky=None, dither=False,
         Whether integers are dithered before they are rounded, see `dither_noise`.
     keep_no_data : bool
         Whether pixels without data stay as they are, see `no_data`.
+    blank : int, optional
+        Value that stands for no data anywhere: it stays, and nothing else becomes it.
 
     Returns
     -------
@@ -1609,14 +1612,113 @@ def correct_rows(strip, start, model, method='subtract', sky=None, dither=False,
     noise = dither_noise(start, stop, width, n_channels) if dither else None
     empty = no_data(strip[..., :n_channels]) if keep_no_data else np.zeros(strip.shape[:2], bool)
     kept = strip[empty]
-    n_limited = np.zeros(2, int)
+    color, n_limited = strip[..., :n_channels], np.zeros(2, int)
+    blanks = False if blank is None else color == blank
     for rows, columns, shift in model.blocks(start, stop, width):
-        color = strip[rows, columns, :n_channels]
-        corrected = correct(color, shift, method, sky, noise[rows, columns] if dither else None)
-        n_limited += newly_limited(color, corrected)
-        color[...] = corrected
+        before = color[rows, columns]
+        corrected = correct(before, shift, method, sky, noise[rows, columns] if dither else None)
+        n_limited += newly_limited(before, corrected)
+        before[...] = corrected
+    if blank is not None:
+        color[color == blank] = blank - 1 if blank == np.iinfo(strip.dtype).max else blank + 1
+        color[blanks] = blank
     strip[empty] = kept
     return n_limited
+
+
+# ---- Pictures -------------------------------------------------------------------------------------------------------
+
+class RandomAccess:
+    """The bytes of an open file; may be read from several threads."""
+
+    def __init__(self, file):
+        self._file, self._lock = file, threading.Lock()
+        self.size = os.fstat(file.fileno()).st_size
+
+    def read(self, offset, size):
+        """Return bytes; ValueError if there are too few."""
+        if offset < 0 or offset + size > self.size:
+            raise ValueError(f'it ends at byte {self.size}, {offset + size - self.size} bytes too early')
+        parts = []
+        while size:
+            part = self._read_some(offset, min(size, 2**30))  # systems read at most 2 GiB at once
+            if not part:
+                raise ValueError(f'it ends at byte {offset}, {size} bytes too early')
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return parts[0] if len(parts) == 1 else b''.join(parts)
+
+    def _read_some(self, offset, size):
+        if hasattr(os, 'pread'):
+            return os.pread(self._file.fileno(), size, offset)
+        with self._lock:  # Windows
+            self._file.seek(offset)
+            return self._file.read(size)
+
+
+class Picture:
+    """An open picture file that gives any of its rows; each format has a class that fills this in.
+
+    Wherever a window of rows and columns is cut out of a (height, width, n_channels) array, this serves as well: it has
+    `shape` and `dtype`, and `image[top:bottom, left:right]` is an array of the color channels. `read` gives extra
+    samples (alpha), too; it may be called from several threads.
+
+    Attributes
+    ----------
+    name, endings : str, tuple of str
+        Of the format and its files.
+    shape : (int, int, int)
+        Height, width and number of color channels.
+    n_samples : int
+        Color channels plus extra samples.
+    dtype : numpy.dtype
+        In native byte order.
+    blank : int or None
+        Value of integers that stands for no data; windows have NaN there, `read` the value.
+    bottom_up : bool
+        Whether the first row is at the bottom.
+    warnings : list of str
+        What was left out.
+    """
+
+    blank, bottom_up = None, False
+
+    def __init__(self, path):
+        self._file, self.warnings = open(path, 'rb'), []  # noqa: SIM115
+        try:
+            with self._damage():
+                self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self._file.close()
+
+    @contextlib.contextmanager
+    def _damage(self):
+        """Turn what libraries raise on damaged files, a dozen types of exceptions, into one."""
+        try:
+            yield
+        except (RmgradientError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            raise RmgradientError(f'damaged: {str(error) or type(error).__name__}') from error
+
+    def __getitem__(self, window):
+        rows, columns = window
+        color = self.read(rows.start, rows.stop, columns.start, columns.stop)[..., :self.shape[2]]
+        return color if self.blank is None else np.where(color == self.blank, np.nan, color)
+
+    def transparent(self, start, stop):
+        """Tell which pixels of rows start to stop - 1 have an alpha of 0, (n_rows, width)."""
+        return np.zeros((stop - start, self.shape[1]), bool)
 
 
 # ---- TIFF directories -----------------------------------------------------------------------------------------------
@@ -1640,7 +1742,7 @@ def directory_structs(byteorder, bigtiff):
     return [struct.Struct(byteorder + code) for code in (('Q', 'HHQ8s', 'Q') if bigtiff else ('H', 'HHI4s', 'I'))]
 
 
-class TiffBytes:
+class TiffBytes(RandomAccess):
     """The bytes of an open TIFF file and the directories in it; may be used from several threads.
 
     Attributes
@@ -1653,26 +1755,10 @@ class TiffBytes:
     """
 
     def __init__(self, file):
-        self._file, self._lock = file, threading.Lock()
-        head = file.read(16).ljust(16, b'\0')
-        self.byteorder = {b'II': '<', b'MM': '>'}.get(head[:2], '?')
-        if self.byteorder == '?' or (magic := struct.unpack(self.byteorder + 'H', head[2:4])[0]) not in (42, 43):
-            raise RmgradientError('not a TIFF file')
-        self.bigtiff = magic == 43
-        self.first, = struct.unpack_from(*((self.byteorder + 'Q', head, 8) if self.bigtiff else
-                                           (self.byteorder + 'I', head, 4)))
-
-    def read(self, offset, size):
-        """Return bytes; ValueError if there are too few."""
-        if hasattr(os, 'pread'):
-            data = os.pread(self._file.fileno(), size, offset)
-        else:  # Windows
-            with self._lock:
-                self._file.seek(offset)
-                data = self._file.read(size)
-        if len(data) < size:
-            raise ValueError(f'it ends at byte {offset + len(data)}, {size - len(data)} bytes too early')
-        return data
+        super().__init__(file)
+        self.byteorder = '<' if self.read(0, 2) == b'II' else '>'
+        self.bigtiff = self.numbers(SHORT, 1, 2) == (43,)
+        self.first, = self.numbers(LONG8, 1, 8) if self.bigtiff else self.numbers(LONG, 1, 4)
 
     def numbers(self, type_, count, offset):
         """Return a tuple of unsigned integers of a type."""
@@ -1732,72 +1818,48 @@ NAMES_OF_COMPRESSIONS = {2: 'CCITT', 3: 'CCITT fax 3', 4: 'CCITT fax 4', 6: 'old
                          52546: 'JPEG XL'}
 
 
-class TiffImage:
-    """An open TIFF picture that gives any of its rows.
+class TiffProfile(NamedTuple):
+    """What makes a TIFF picture one of its kind beside its pixels."""
 
-    Wherever a window of rows and columns is cut out of a (height, width, n_channels) array, this serves as well: it has
-    `shape` and `dtype`, and `image[top:bottom, left:right]` is an array of the color channels. Extra samples (alpha)
-    come with `read`. Gray pictures whose zero is white are read inverted, so that light is positive.
+    shape: tuple  # height, width and number of color channels
+    n_samples: int
+    dtype: np.dtype
+    photometric: int
+    extra_samples: list
+    byteorder: str
+    bigtiff: bool
+    tags: list
+
+
+class TiffImage(Picture):
+    """An open TIFF picture. Gray ones whose zero is white are read inverted, so that light is positive.
 
     Attributes
     ----------
-    shape : (int, int, int)
-        Height, width and number of color channels.
-    n_samples : int
-        Color channels plus extra samples.
-    dtype : numpy.dtype
-        In native byte order.
-    photometric, extra_samples, byteorder, bigtiff
-        As in the file.
-    tags : list of Tag
-        What there is to know of the picture beside the pixels.
-    warnings : list of str
-        What was left out.
+    profile : TiffProfile
 
     Notes
     -----
     Memory: of an uncompressed file, no more than the rows asked for. Of a compressed one, the segments (strips or
-    tiles) that hold the rows, decoded, and those of the requests under way in other threads. `read` may be called from
-    several threads.
+    tiles) that hold the rows, decoded, and those of the requests under way in other threads.
     """
 
-    def __init__(self, path):
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise RmgradientError('not a regular file')
-        self._file = open(path, 'rb')  # noqa: SIM115
-        try:
-            with self._damage():
-                self._open()
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def close(self):
-        self._file.close()
+    name, endings = 'TIFF', ('.tif', '.tiff')
 
     def _open(self):
-        self._bytes = TiffBytes(self._file)
-        self.byteorder, self.bigtiff = self._bytes.byteorder, self._bytes.bigtiff
-        entries, next_directory = self._bytes.directory(self._bytes.first)
-        check_structure({code: self._bytes.numbers(type_, count, offset) for code, type_, count, offset in entries
+        self._bytes = file = TiffBytes(self._file)
+        entries, next_directory = file.directory(file.first)
+        check_structure({code: file.numbers(type_, count, offset) for code, type_, count, offset in entries
                          if code in STRUCTURE_TAGS and type_ in (1, SHORT, LONG, LONG8) and count < 2**16})
         self._file.seek(0)
         self._page = page = tifffile.TiffFile(self._file).pages.first
         check_page(page)
-        check_segments(page, os.fstat(self._file.fileno()).st_size)
-        self.photometric = int(page.photometric)
-        self.extra_samples = [int(kind) for kind in page.extrasamples]
-        self.n_samples = page.samplesperpixel
-        self.shape = page.imagelength, page.imagewidth, 3 if self.photometric == 2 else 1
-        self.dtype = page.dtype.newbyteorder('=')
-        self.warnings = []
-        self.tags = self._read_tags(entries)
+        check_segments(page, file.size)
+        self.n_samples, self.dtype = page.samplesperpixel, page.dtype.newbyteorder('=')
+        self.shape = page.imagelength, page.imagewidth, 3 if page.photometric == 2 else 1
+        extra_samples = [int(kind) for kind in page.extrasamples]
+        self.profile = TiffProfile(self.shape, self.n_samples, self.dtype, int(page.photometric), extra_samples,
+                                   file.byteorder, file.bigtiff, self._read_tags(entries))
         n_skipped = self._count_pictures(next_directory)
         if n_skipped:
             self.warnings.append(f'only the first of {n_skipped + 1} pages is corrected, '
@@ -1808,25 +1870,15 @@ class TiffImage:
         page.decode  # made now: making it is not safe in threads  # noqa: B018
         self._decoded, self._lock = collections.OrderedDict(), threading.Lock()
 
-    @contextlib.contextmanager
-    def _damage(self):
-        """Turn what tifffile and imagecodecs raise on damaged files, a dozen types of exceptions, into one."""
-        try:
-            yield
-        except (RmgradientError, OSError, MemoryError):
-            raise
-        except Exception as error:
-            raise RmgradientError(f'damaged: {str(error) or type(error).__name__}') from error
-
-    def __getitem__(self, window):
-        rows, columns = window
-        return self.read(rows.start, rows.stop, columns.start, columns.stop)[..., :self.shape[2]]
-
     def transparent(self, start, stop):
-        """Tell which pixels of rows start to stop - 1 have an alpha of 0, (n_rows, width)."""
-        if 2 not in self.extra_samples:
-            return np.zeros((stop - start, self.shape[1]), bool)
-        return self.read(start, stop)[..., self.shape[2] + self.extra_samples.index(2)] == 0
+        if 2 not in self.profile.extra_samples:
+            return super().transparent(start, stop)
+        return self.read(start, stop)[..., self.shape[2] + self.profile.extra_samples.index(2)] == 0
+
+    def writer(self, file, kind, rows, compress):
+        """Return a TiffStrips."""
+        profile = self.profile if kind == 'output' else self.profile._replace(n_samples=self.shape[2])
+        return TiffStrips(file, profile, rows, compress)
 
     def read(self, start, stop, left=0, right=None):
         """Return rows start to stop - 1 as a (n_rows, n_columns, n_samples) ndarray in native byte order."""
@@ -1846,13 +1898,13 @@ class TiffImage:
                     raise ValueError(f'segment {index} is cut short')
             samples = slice(plane, plane + 1) if planes > 1 else slice(None)
             window[first - start:last - start, first_x - left:last_x - left, samples] = segment
-        return invert(window) if self.photometric == 0 else window
+        return invert(window) if self.profile.photometric == 0 else window
 
     def _segment_rows(self, index, start, stop, n_segments):
         """Return rows of a strip or tile, counted from its top, of which the caller needs `n_segments`."""
         if not self._is_plain:
             return self._decode_once(index, n_segments)[start:stop]
-        dtype = self.dtype.newbyteorder(self.byteorder)
+        dtype = self.dtype.newbyteorder(self.profile.byteorder)
         _, width, planes, _, _ = self._grid
         samples = self.n_samples // planes
         row = width * samples * dtype.itemsize
@@ -1927,7 +1979,8 @@ def check_structure(structure):
         if code not in structure:
             raise RmgradientError(f'damaged: no {name} given')
     if structure.get(254, (0,))[0] & 1 or structure.get(255) == (2,):
-        raise RmgradientError('the first page is a thumbnail; save the picture alone')
+        raise RmgradientError('the first page is a thumbnail, as in camera raw pictures; develop it, or save the '
+                              'picture alone')
     if any(len(set(structure.get(code, ()))) > 1 for code in (258, 339)):
         raise RmgradientError('channels have different types')
     if any(0 in structure.get(code, ()) for code in (278, 322, 323)):
@@ -2007,10 +2060,8 @@ class TiffStrips:
     Parameters
     ----------
     file : binary file, open for writing at its start, seekable
-    image : TiffImage
-        Gives size, dtype, byte order, colors and tags.
-    n_samples : int
-        Samples a pixel: those of the image, or its color channels alone.
+    profile : TiffProfile
+        Of the other; with fewer samples, extra ones are left out.
     rows : int
         Rows a strip; the last one may have fewer.
     compress : int
@@ -2022,22 +2073,23 @@ class TiffStrips:
     byte, so that the directory is put together here.
     """
 
-    def __init__(self, file, image, n_samples, rows, compress):
-        self._file, self._image, self._n_samples, self._compress = file, image, n_samples, compress
-        height, width, _ = image.shape
+    def __init__(self, file, profile, rows, compress):
+        self._file, self._profile, self._compress = file, profile, compress
+        height, width, _ = profile.shape
         self._rows = min(rows, height)
-        self._dtype = image.dtype.newbyteorder(image.byteorder)
+        self._dtype = profile.dtype.newbyteorder(profile.byteorder)
         # Differences of integers, or bytes of floats; programs disagree about differences of 64 bit integers.
-        self._predictor = 1 if not compress else 3 if image.dtype.kind == 'f' else 2 if image.dtype.itemsize < 8 else 1
+        predictor = 3 if profile.dtype.kind == 'f' else 2 if profile.dtype.itemsize < 8 else 1
+        self._predictor = predictor if compress else 1
         # Deflate makes noise no more than a little longer; 64 MB are left for that and for the tags.
-        size = height * width * n_samples * image.dtype.itemsize + sum(len(tag.value) for tag in image.tags)
-        self.bigtiff = image.bigtiff or size > 2**32 - 2**26
+        size = height * width * profile.n_samples * profile.dtype.itemsize + sum(len(tag.value) for tag in profile.tags)
+        self.bigtiff = profile.bigtiff or size > 2**32 - 2**26
         self._offsets, self._sizes = [], []
         file.write(bytes(16 if self.bigtiff else 8))
 
     def encode(self, strip):
         """Return the bytes of a (n_rows, width, n_samples) strip; may be called from several threads."""
-        if self._image.photometric == 0:
+        if self._profile.photometric == 0:
             strip = invert(strip)
         if not self._compress:
             return np.ascontiguousarray(strip, self._dtype)
@@ -2061,8 +2113,8 @@ class TiffStrips:
 
     def finish(self):
         """Write the directory, and the header that points to it."""
-        image, n_samples = self._image, self._n_samples
-        order, offset = image.byteorder, self._file.tell()
+        image, offset = self._profile, self._file.tell()
+        order, n_samples = image.byteorder, image.n_samples
         height, width, n_channels = image.shape
         place = LONG8 if self.bigtiff else LONG
         structure = {'ImageWidth': (LONG, [width]), 'ImageLength': (LONG, [height]),
@@ -2090,6 +2142,248 @@ class TiffStrips:
             self._file.write(magic + struct.pack(order + 'HHHQ', 43, 8, 0, offset))
         else:
             self._file.write(magic + struct.pack(order + 'HI', 42, offset))
+
+
+# ---- FITS -----------------------------------------------------------------------------------------------------------
+
+FITS_BLOCK, FITS_CARD = 2880, 80  # bytes
+MOST_CARDS, MOST_HEADERS = 36000, 100  # of a header, and headers before the picture: beyond is damage
+STALE_CARDS = {b'DATAMIN ', b'DATAMAX ', b'CHECKSUM', b'DATASUM '}  # they describe the old pixels
+
+
+class FitsHeader(NamedTuple):
+    """A header of a FITS file, and the place of its data."""
+
+    cards: list  # of 80 bytes, without END
+    values: object  # the same as an astropy.io.fits.Header
+    axes: list  # lengths, the fastest first
+    start: int
+    data: int  # where the data begin
+    end: int  # and end, without padding
+
+    @property
+    def is_picture(self):
+        """Whether the data are an array of two or more dimensions, compressed or not."""
+        is_array = self.start == 0 or str(self.values.get('XTENSION')).strip() == 'IMAGE'
+        return self.values.get('ZIMAGE') is True or is_array and len(self.axes) > 1 and self.end > self.data
+
+
+def whole_number(values, name, default=None):
+    """Return a whole number of a header; ValueError if it is none."""
+    value = values.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f'{name} is {value!r}, not a whole number')
+    return value
+
+
+def read_header(file, start):
+    """Return the FitsHeader at an offset of a RandomAccess file; ValueError if there is none, or its data are cut."""
+    from astropy.io.fits import Header
+    cards = []
+    while not any(ends := [card.rstrip() == b'END' for card in cards[-36:]]):
+        if len(cards) == MOST_CARDS:
+            raise ValueError(f'no END in {len(cards)} cards of the header')
+        block = file.read(start + len(cards) * FITS_CARD, FITS_BLOCK)
+        if not cards and not block.startswith((b'SIMPLE  =', b'XTENSION=')):
+            raise ValueError(f'no header at byte {start}')
+        cards += [block[i:i + FITS_CARD] for i in range(0, FITS_BLOCK, FITS_CARD)]
+    data = start + len(cards) * FITS_CARD
+    cards = cards[:len(cards) - 36 + ends.index(True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # what is not as in the standard is copied as it is
+        values = Header.fromstring(b''.join(cards).decode('ascii', 'replace').replace('\ufffd', '?'))
+        bits, n_axes = whole_number(values, 'BITPIX'), whole_number(values, 'NAXIS')
+        if bits not in (8, 16, 32, 64, -32, -64) or not 0 <= n_axes <= 999:
+            raise ValueError(f'BITPIX is {bits}, and NAXIS is {n_axes}')
+        axes = [whole_number(values, f'NAXIS{i + 1}') for i in range(n_axes)]
+        groups, extra = whole_number(values, 'GCOUNT', 1), whole_number(values, 'PCOUNT', 0)
+    if min(groups, extra, *axes) < 0:
+        raise ValueError('negative sizes')
+    if values.get('GROUPS') is True and axes[:1] == [0]:
+        raise RmgradientError('random groups, no picture; save one as FITS or TIFF')
+    size = abs(bits) // 8 * groups * (extra + math.prod(axes)) if axes else 0
+    if data + size > file.size:
+        raise ValueError(f'its data end at byte {data + size} of a file of {file.size}')
+    return FitsHeader(cards, values, axes, start, data, data + size)
+
+
+def fits_blocks(size):
+    """Return how many bytes the blocks take that hold as many."""
+    return -(-size // FITS_BLOCK) * FITS_BLOCK
+
+
+class FitsImage(Picture):
+    """An open FITS picture: the primary array, or the first image extension if that is empty; gray or three planes.
+
+    Integers may have the offset that makes them unsigned (or signed bytes); nothing else may be scaled. Rows are
+    counted as they are stored. The standard: Pence et al. 2010, Astronomy and Astrophysics 524, A42.
+    """
+
+    name, endings = 'FITS', ('.fits', '.fit', '.fts')
+
+    def _open(self):
+        if not importlib.util.find_spec('astropy'):
+            raise RmgradientError('a FITS picture needs astropy; run: pip install astropy')
+        self._bytes = RandomAccess(self._file)
+        self._header = header = self._find_picture()
+        if header.values.get('ZIMAGE') is True:
+            raise RmgradientError('compressed by fpack; unpack it with funpack')
+        if math.prod(header.axes[2:]) != 1 and (header.axes[2] != 3 or math.prod(header.axes[3:]) != 1):
+            raise RmgradientError(f'a cube of {" x ".join(map(str, header.axes))}; save one plane, or three')
+        width, height, self.n_samples = (*header.axes, 1)[:3]
+        self.shape = height, width, self.n_samples
+        bits, zero = header.values['BITPIX'], header.values.get('BZERO', 0)
+        half = {8: -128, 16: 2**15, 32: 2**31, 64: 2**63}.get(bits)
+        if header.values.get('BSCALE', 1) != 1 or zero not in (0, half):
+            raise RmgradientError(f'values are scaled by BSCALE {header.values.get("BSCALE", 1)} and BZERO {zero}; '
+                                  'save them as they are, integers or floating point numbers')
+        kind = 'f' if bits < 0 else 'u' if bits == 8 else 'i'
+        self.stored = np.dtype(f'>{kind}{abs(bits) // 8}')
+        self.dtype = self.stored.newbyteorder('=')
+        if zero:
+            self.dtype = np.dtype(f'{"i" if kind == "u" else "u"}{self.dtype.itemsize}')
+        if kind != 'f' and 'BLANK' in header.values:
+            self.blank = whole_number(header.values, 'BLANK') + int(zero)
+        self.bottom_up = str(header.values.get('ROWORDER')).strip().upper() != 'TOP-DOWN'
+
+    def _find_picture(self):
+        """Return the header of the picture."""
+        start, found = 0, []
+        for _ in range(MOST_HEADERS):
+            try:
+                header = read_header(self._bytes, start)
+            except ValueError:
+                if not found:
+                    raise
+                break  # what is behind a picture is copied, whatever it is
+            found += [header] if header.is_picture else []
+            start = header.data + fits_blocks(header.end - header.data)
+            if start >= self._bytes.size:
+                break
+        if not found:
+            raise RmgradientError('there is no picture in it, only tables or nothing')
+        if len(found) > 1:
+            self.warnings.append(f'only the first of {len(found)} pictures is corrected, the rest is copied as it is')
+        return found[0]
+
+    def read(self, start, stop, left=0, right=None):
+        """Return rows start to stop - 1 as a (n_rows, n_columns, n_samples) ndarray in native byte order."""
+        height, width, planes = self.shape
+        size = width * self.stored.itemsize
+        window = np.empty((stop - start, (right or width) - left, planes), self.stored.newbyteorder('='))
+        for plane in range(planes):
+            with self._damage():
+                data = self._bytes.read(self._header.data + (plane * height + start) * size, (stop - start) * size)
+            window[..., plane] = np.frombuffer(data, self.stored).reshape(-1, width)[:, left:right]
+        return window if self.dtype == window.dtype else turn_sign(window, self.dtype)
+
+    def writer(self, file, kind, rows, compress):
+        """Return a FitsPlanes; there are no strips, and there is no compression."""
+        return FitsPlanes(file, self._bytes, self._header, self.stored, kind)
+
+
+def turn_sign(values, dtype):
+    """Return integers with the highest bit turned, in a dtype of the same size: offset by half their range."""
+    unsigned = values.view(f'u{dtype.itemsize}')
+    return (unsigned ^ unsigned.dtype.type(1 << 8 * dtype.itemsize - 1)).view(dtype)
+
+
+class FitsPlanes:
+    """A FITS file like another whose planes are written group of rows by group of rows.
+
+    All other headers and data are copied, and all cards but those that describe the old pixels; a HISTORY card is new.
+
+    Parameters
+    ----------
+    file : binary file, open for writing at its start, seekable
+    source : RandomAccess
+        The other file.
+    header : FitsHeader
+        Of its picture.
+    stored : numpy.dtype
+        Of the numbers in the file.
+    kind : str
+        'output' or 'background'.
+    """
+
+    def __init__(self, file, source, header, stored, kind):
+        self._file, self._source, self._header, self._stored, self._row = file, source, header, stored, 0
+        what = {'output': 'background gradient removed', 'background': 'background gradient of the picture'}[kind]
+        cards = [card for card in header.cards if card[:8] not in STALE_CARDS]
+        text = b''.join([*cards, f'HISTORY rmgradient {__version__}: {what}'.encode().ljust(FITS_CARD), b'END'])
+        self._copy(0, header.start)
+        file.write(text.ljust(fits_blocks(len(text))))
+        self._start = file.tell()
+
+    def _copy(self, start, stop):
+        for offset in range(start, stop, 2**20):
+            self._file.write(self._source.read(offset, min(2**20, stop - offset)))
+
+    def encode(self, strip):
+        """Return the planes of a (n_rows, width, n_channels) strip; may be called from several threads."""
+        planes = np.ascontiguousarray(strip.transpose(2, 0, 1))
+        native = self._stored.newbyteorder('=')
+        return (planes if planes.dtype == native else turn_sign(planes, native)).astype(self._stored)
+
+    def append(self, planes):
+        """Write the next rows of each plane."""
+        height = self._header.axes[1]
+        for i, plane in enumerate(planes):
+            self._file.seek(self._start + (i * height + self._row) * plane[0].nbytes)
+            self._file.write(plane)
+        self._row += planes.shape[1]
+
+    def finish(self):
+        """Write what comes behind the picture."""
+        size = self._header.end - self._header.data
+        self._file.seek(self._start + size)
+        self._file.write(bytes(fits_blocks(size) - size))
+        self._copy(min(self._header.data + fits_blocks(size), self._source.size), self._source.size)
+
+
+# ---- Formats --------------------------------------------------------------------------------------------------------
+
+# What else users have, by its first bytes, and the way out.
+OTHER_FORMATS = {
+    rb'\xff\xd8\xff': 'a JPEG picture; convert it, as by: convert FILE sky.tif (ImageMagick)',
+    rb'\x89PNG': 'a PNG picture; convert it, as by: convert FILE sky.tif (ImageMagick)',
+    rb'XISF0': 'an XISF picture; save it as FITS or TIFF with PixInsight or Siril',
+    rb'8BPS': 'a Photoshop picture; save it as TIFF',
+    rb'SIMPLE  = +F': 'no standard FITS file',
+    rb'\x1f\x8b': 'compressed by gzip; unpack it: gunzip FILE',
+    rb'BZh': 'compressed by bzip2; unpack it: bunzip2 FILE',
+    rb'....ftyp(heic|heix|mif1|avif)': 'a HEIF picture; convert it to TIFF',
+    rb'II\*\0....CR|....ftypcrx|FUJIFILM|IIR[OS]|MMOR|IIU\0|\0MRM|FOVb': 'a camera raw picture; develop it, with '
+    'Siril, RawTherapee, or: dcraw -T -4 FILE'}
+FORMATS = {ending: name for name, endings in {
+    'JPEG': '.jpg .jpeg', 'PNG': '.png', 'GIF': '.gif', 'BMP': '.bmp', 'WebP': '.webp', 'HEIF': '.heic .heif .avif',
+    'XISF': '.xisf', 'Photoshop': '.psd', 'JPEG 2000': '.jp2', 'JPEG XL': '.jxl', 'compressed FITS': '.fz .gz',
+    **{kind.name: ' '.join(kind.endings) for kind in (TiffImage, FitsImage)}}.items() for ending in endings.split()}
+
+
+def open_picture(path):
+    """Return an open Picture; RmgradientError says what else a file is, and the way out."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise RmgradientError('not a regular file')
+    with open(path, 'rb') as file:
+        head = file.read(32)
+    for pattern, what in OTHER_FORMATS.items():
+        if re.match(pattern, head, re.DOTALL):
+            raise RmgradientError(what.replace('FILE', shlex.quote(path)))
+    if head.startswith(b'SIMPLE  ='):
+        return FitsImage(path)
+    if head[:4] in (b'II*\0', b'II+\0', b'MM\0*', b'MM\0+'):
+        return TiffImage(path)
+    raise RmgradientError('neither a TIFF nor a FITS picture')
+
+
+def check_output(image, path, compress):
+    """Raise RmgradientError if an output can't be as the image is: by the ending of its name, or compressed."""
+    if compress and image.name != 'TIFF':
+        raise RmgradientError(f'{image.name} is written without compression; leave out --compress')
+    name = FORMATS.get(os.path.splitext(path)[1].lower(), image.name)
+    if name != image.name:
+        raise RmgradientError(f'the output is a {image.name} as the input is, not {name}; name it {image.endings[0]}')
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
@@ -2348,6 +2642,8 @@ def draw_preview(file, kind, image, points, misfits, model, method, sky, radius)
         axes.imshow(picture, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
         axes.set_title(title)
         axes.set_autoscale_on(False)
+        if getattr(image, 'bottom_up', False):
+            axes.invert_yaxis()
     draw_points(panels[0], points, misfits, radius, numbered=len(points.x) <= 60)
     level = background.mean(axis=2)
     if np.ptp(level) > 1e-9 * np.abs(level).max() and min(level.shape) > 1:
@@ -2385,6 +2681,8 @@ class Editor:
                                     extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
                         for axes in (self.left, self.right)]
         self.left.set_autoscale_on(False)
+        if getattr(image, 'bottom_up', False):
+            self.left.invert_yaxis()
         for axes in (self.left, self.right):
             axes.set_axis_off()  # text takes longest to draw
         canvas = self.figure.canvas
@@ -2690,10 +2988,15 @@ def list_jobs(options):
 def process_picture(path, outputs, points, options, progress):
     """Correct one picture; with -a, points are chosen beside those given, if there are any."""
     with about(path):
-        image = TiffImage(path)
+        image = open_picture(path)
     with image, threads(progress) as starmap:
         for warning in image.warnings:
             logger.warning('%s: %s', path, warning)
+        for kind in outputs.keys() & {'output', 'background'}:
+            with about(outputs[kind]):
+                check_output(image, outputs[kind], options.compress)
+        if image.bottom_up:
+            logger.info('%s: y of points counts from the bottom row, the first that is stored', path)
         with about(path):
             if options.auto is not None and not options.reference:
                 points = report_chosen(path, points, choose_points(image, options.auto or AUTO, options.sigma, points,
@@ -2774,7 +3077,7 @@ def edit_points(path, image, points, outputs, options):
 def fit_with_reference(path, image, points, options, starmap):
     """Return points, levels and the model beside the reference of the command line; with -a at all quiet places."""
     with about(options.reference):
-        reference = TiffImage(options.reference)
+        reference = open_picture(options.reference)
     with reference:
         with about(options.reference):
             check_reference(image.shape, reference.shape)
@@ -2821,15 +3124,16 @@ def write_pictures(path, outputs, files, image, model, sky, options, starmap):
     """
     height, width, n_channels = image.shape
     above, keep_no_data = model.above(sky), not is_classic(model, options.sky)
-    writers = {kind: TiffStrips(files[kind], image, n_samples, options.rows, options.compress)
-               for kind, n_samples in (('output', image.n_samples), ('background', n_channels)) if kind in files}
+    writers = {kind: image.writer(files[kind], kind, options.rows, options.compress)
+               for kind in ('output', 'background') if kind in files}
 
     def finish(start, stop):
         encoded, n_limited = {}, 0
         if 'output' in files:
             with about(path):
                 strip = image.read(start, stop)
-                n_limited = correct_rows(strip, start, above, options.method, sky, options.dither, keep_no_data)
+                n_limited = correct_rows(strip, start, above, options.method, sky, options.dither, keep_no_data,
+                                         image.blank)
             encoded['output'] = writers['output'].encode(strip)
         if 'background' in files:
             background = model.evaluate(start, stop, width)
@@ -2931,9 +3235,10 @@ def build_parser():
     parser = argparse.ArgumentParser(prog='rmgradient', description=description, epilog=start + rest, add_help=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     files = parser.add_argument_group('input and output')
-    files.add_argument('-i', '--input', metavar='FILE', nargs='+', required=True, help='pictures to correct (TIFF)')
+    files.add_argument('-i', '--input', metavar='FILE', nargs='+', required=True,
+                       help='pictures to correct (TIFF or FITS)')
     files.add_argument('-o', '--output', metavar='FILE',
-                       help='corrected picture (TIFF of the same type). '
+                       help='corrected picture, of the same format and type. '
                        'For several pictures this is a folder that exists, and so are -b, --save-points and --preview')
     files.add_argument('-b', '--background', metavar='FILE', help='also write the background that is removed: '
                        'output = input - (background - sky)')

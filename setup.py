@@ -10,7 +10,7 @@ version = re.search(r"^__version__ = '(.+)'", (here / 'rmgradient.py').read_text
 setup(
     name='rmgradient',
     version=version,
-    description='Remove the background gradient from TIFF pictures of the sky',
+    description='Remove the background gradient from TIFF and FITS pictures of the sky',
     long_description=(here / 'README.rst').read_text(encoding='utf-8'),
     long_description_content_type='text/x-rst',
     license='Apache-2.0',
@@ -22,9 +22,11 @@ setup(
                       'tqdm>=4.60.0'],
     extras_require={
         'plot': ['matplotlib>=3.8'],
-        'test': ['pytest>=8', 'pytest-cov>=5', 'hypothesis>=6.100', 'matplotlib>=3.8', 'ruff>=0.11', 'codespell>=2.3'],
+        'fits': ['astropy>=6.0'],
+        'test': ['pytest>=8', 'pytest-cov>=5', 'hypothesis>=6.100', 'matplotlib>=3.8', 'astropy>=6.0', 'ruff>=0.11',
+                 'codespell>=2.3'],
     },
-    keywords='astrophotography background gradient light pollution TIFF radial basis function',
+    keywords='astrophotography background gradient light pollution TIFF FITS radial basis function',
     classifiers=[
         'Environment :: Console',
         'Intended Audience :: Science/Research',

@@ -3,9 +3,9 @@
 """Measure time and memory of rmgradient, beside a plain copy of the file, and print a table (reStructuredText).
 
 Each row is the median of several runs of whole processes, each in turn with what it is compared with: a plain copy
-that is as durable (read and written by tifffile, synchronized), for a small picture the import of the libraries alone,
-and for a hundred pictures in one process a process for each. Beside the seconds stands the processor time. For deflate
-the time of the encoder alone, on all cores, stands in the last column.
+that is as durable (read and written by tifffile, or astropy, synchronized), for a small picture the import of the
+libraries alone, and for a hundred pictures in one process a process for each. Beside the seconds stands the processor
+time. For deflate the time of the encoder alone, on all cores, stands in the last column.
 
 usage: speed.py [--runs N] [--folder DIR] [--quick | --gigapixel] [RMGRADIENT.py]
 """
@@ -27,6 +27,8 @@ import tifffile
 IMPORT = 'import numpy, tifffile, imagecodecs'
 COPY = ("import os, numpy, tifffile; f = open('copy.tif', 'w+b'); "
         "tifffile.imwrite(f, tifffile.imread('{}')); f.flush(); os.fsync(f.fileno())")
+COPY_FITS = ("import os; from astropy.io import fits; f = open('copy.fits', 'w+b'); "
+             "fits.open('in.fits').writeto(f); f.flush(); os.fsync(f.fileno())")
 ENCODE = """
 import imagecodecs, tifffile, concurrent.futures
 picture = tifffile.imread('{}')
@@ -77,6 +79,22 @@ def make_picture(path, width, height, rowsperstrip=100, **options):
                      predictor=2 if options.get('compression') else None, **options)
 
 
+def make_fits(path, width, height):
+    """Write such a sky as FITS: three planes, 16 bit unsigned."""
+    from astropy.io import fits
+    header = fits.Header([('SIMPLE', True), ('BITPIX', 16), ('NAXIS', 3), ('NAXIS1', width), ('NAXIS2', height),
+                          ('NAXIS3', 3), ('BZERO', 32768)])
+    noise = np.random.default_rng(1).normal(0, 50, (257, width))
+    with open(path, 'wb') as file:
+        file.write(header.tostring().encode())
+        for level in (1.0, 0.8, 0.6):
+            for y in range(0, height, 100):
+                rows = np.arange(y, min(y + 100, height))
+                strip = level * np.linspace(1000, 3000, width) + noise[rows % 257] + 1500 * rows[:, None] / height
+                file.write((strip - 32768).astype('>i2'))
+        file.write(bytes(-width * height * 6 % 2880))
+
+
 def encode(strip, compression):
     import imagecodecs
     data = imagecodecs.delta_encode(strip, axis=-2).tobytes()
@@ -107,6 +125,8 @@ def main():
         ('deflate in', 6000, 4000, 40, [], {'compression': 'zlib'}, 16),
         ('LZW in', 6000, 4000, 40, [], {'compression': 'lzw'}, 16),
         ('one strip in', 6000, 4000, 40, [], {'compression': 'zlib'}, 4000),
+        ('FITS', 6000, 4000, 40, [], None, 100),
+        ('FITS', 6000, 16000, 40, [], None, 100),
     ]
     if options.quick:
         options.runs = 1
@@ -124,11 +144,17 @@ def main():
     print(rule, names, rule, sep='\n')
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for name, width, height, n_points, arguments, writing, rows in cases:
-            make_picture(Path(folder, 'in.tif'), width, height, rows, **writing)
+            is_fits = writing is None
+            if is_fits:
+                make_fits(Path(folder, 'in.fits'), width, height)
+            else:
+                make_picture(Path(folder, 'in.tif'), width, height, rows, **writing)
             points = ['-p', *map(str, draw_points(n_points, width, height).ravel())] if n_points else []
-            command = [sys.executable, str(options.script), '-q', '-i', 'in.tif', '-o', 'out.tif', *arguments, *points]
+            files = ['-i', 'in.fits', '-o', 'out.fits'] if is_fits else ['-i', 'in.tif', '-o', 'out.tif']
+            command = [sys.executable, str(options.script), '-q', *files, *arguments, *points]
             large = width * height > 2e8  # tifffile would read it whole
-            beside = None if large else [sys.executable, '-c', IMPORT if name == 'small' else COPY.format('in.tif')]
+            copy = IMPORT if name == 'small' else COPY_FITS if is_fits else COPY.format('in.tif')
+            beside = None if large else [sys.executable, '-c', copy]
             alone = statistics.median(run([sys.executable, '-c', ENCODE.format('in.tif')], folder)[0]
                                       for _ in range(options.runs)) if name == 'deflate out' else None
             print_row(name, f'{width} x {height}', n_points, command, beside, 1 if large else options.runs, folder,
@@ -144,8 +170,8 @@ def print_row(name, pixels, n_points, command, beside, n_runs, folder, encoder=N
         if beside:
             others.append(run(beside, folder))
         ours.append(run(command, folder))
-        for path in Path(folder).glob('*.tif'):
-            if path.name != 'in.tif':
+        for path in Path(folder).glob('*.*'):
+            if path.is_file() and path.stem in ('out', 'copy'):
                 path.unlink()
     took, used, memory = (statistics.median(values) for values in zip(*ours))
     other = statistics.median(seconds for seconds, *_ in others) if beside else None

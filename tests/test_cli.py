@@ -259,8 +259,8 @@ def test_sky_that_is_no_level(cli):
 
 def test_input_that_is_no_picture(cli):
     for name, content, match in [('missing.tif', None, 'missing.tif: No such file'),
-                                 ('text.tif', b'hello', 'not a TIFF'),
-                                 ('empty.tif', b'', 'not a TIFF'),
+                                 ('text.tif', b'hello', 'neither a TIFF nor'),
+                                 ('empty.tif', b'', 'neither a TIFF nor'),
                                  ('header.tif', b'II*\0', 'damaged')]:
         if content is not None:
             (cli.folder / name).write_bytes(content)
@@ -368,7 +368,7 @@ def test_commands_for_many_pictures(cli, tool):
     done = subprocess.run(f'{commands[0]} && {command}', shell=True, capture_output=True, text=True,
                           env={**os.environ, 'PATH': f'{cli.folder}{os.pathsep}{os.environ["PATH"]}'})
     assert done.returncode != 0  # one of them failed
-    assert 'rmgradient: error: 4.tif: not a TIFF file\n' in done.stderr
+    assert 'rmgradient: error: 4.tif: neither a TIFF nor a FITS picture\n' in done.stderr
     assert (tool != '-i *') == ('1 of 6 pictures failed, 5 are done' not in done.stderr)
     assert sorted(os.listdir('corrected')) == ['0.tif', '1.tif', '2.tif', '3.tif', 'sky.tif']
     outputs = [(cli.folder / 'corrected' / f'{i}.tif').read_bytes() for i in range(4)]

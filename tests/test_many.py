@@ -64,7 +64,7 @@ def test_points_are_chosen_for_each(night):
 def test_a_failing_one_does_not_stop_the_rest(night):
     (night.folder / 'night/1.tif').write_text('no picture')
     assert night(*PICTURES, '-q', points=['-f', 'points']) == 1
-    assert night.stderr.splitlines() == ['rmgradient: error: night/1.tif: not a TIFF file',
+    assert night.stderr.splitlines() == ['rmgradient: error: night/1.tif: neither a TIFF nor a FITS picture',
                                          'rmgradient: error: 1 of 3 pictures failed, 2 are done']
     assert listing(night.folder / 'out') == ['0.tif', '2.tif']
 
@@ -97,7 +97,7 @@ def test_what_fails_in_one_picture_is_named_after_it(night, monkeypatch, error):
 def test_refused_before_anything_is_read(night, monkeypatch, arguments, match):
     (night.folder / 'old').mkdir()
     (night.folder / 'old/2.tif').write_text('old')
-    monkeypatch.setattr(rg, 'TiffImage', None)  # opening a picture would be a traceback
+    monkeypatch.setattr(rg, 'open_picture', None)  # opening a picture would be a traceback
     night.fails(*arguments, match=match)
     assert listing(night.folder / 'out') == []
 

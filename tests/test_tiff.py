@@ -396,5 +396,5 @@ def test_large_outputs_are_bigtiff(tmp_path):
     tifffile.imwrite(tmp_path / 'a.tif', np.zeros((100, 100), np.uint16))
     for size, bigtiff in [((30000, 70000), False), ((31000, 70000), True)]:
         with rg.TiffImage(str(tmp_path / 'a.tif')) as image, open(tmp_path / 'b.tif', 'w+b') as file:
-            image.shape = (*size, 1)
-            assert rg.TiffStrips(file, image, 1, 100, 0).bigtiff is bigtiff
+            image.profile = image.profile._replace(shape=(*size, 1))
+            assert image.writer(file, 'output', 100, 0).bigtiff is bigtiff

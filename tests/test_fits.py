@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FITS pictures: pixels against TIFF, headers byte for byte, all kinds of files, and damage."""
+import gzip
+import itertools
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import tifffile
+from conftest import ROOT, draw, scatter, words
+from numpy.testing import assert_array_equal
+
+import rmgradient as rg
+
+fits = pytest.importorskip('astropy.io.fits')
+pytestmark = pytest.mark.filterwarnings('ignore::astropy.io.fits.verify.VerifyWarning')
+
+
+def planes(sky):
+    """Return (height, width, n_channels) as planes, or as a single one."""
+    return sky[..., 0] if sky.shape[2] == 1 else np.ascontiguousarray(sky.transpose(2, 0, 1))
+
+
+@pytest.fixture
+def run(cli):
+    """Correct a FITS file, and return what astropy reads of the output."""
+    def run(*arguments, name='sky.fits', **more):
+        assert cli('-i', name, '-o', 'out.fits', *arguments, **more) == 0, cli.stderr
+        return fits.getdata(cli.folder / 'out.fits')
+    run.cli = cli
+    return run
+
+
+def cards_of(path, start=0):
+    """Return the cards of a header, as they are in the file, and where its data begin."""
+    data, cards = path.read_bytes()[start:], []
+    while not cards or cards[-1].rstrip() != b'END':
+        cards.append(data[80 * len(cards):80 * len(cards) + 80])
+    return cards, start + -(-len(cards) * 80 // 2880) * 2880
+
+
+def header(*cards, **values):
+    """Return the bytes of a header."""
+    lines = [f'{name:8}= {value}' for name, value in values.items()] + list(cards)
+    text = b''.join(line.encode('latin-1').ljust(80) for line in [*lines, 'END'])
+    return text.ljust(-(-len(text) // 2880) * 2880)
+
+
+PRIMARY = {'SIMPLE': 'T', 'BITPIX': '16', 'NAXIS': '2', 'NAXIS1': '120', 'NAXIS2': '90'}
+DATA = draw(n_channels=1, dtype=np.int16)[0].astype('>i2').tobytes().ljust(8 * 2880, b'\0')
+
+
+# ---- pixels ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype', ['u1', 'u2', 'u4', 'u8', 'i1', 'i2', 'i4', 'i8', 'f4', 'f8'])
+@pytest.mark.parametrize('n_channels', [1, 3])
+def test_pixels_are_those_of_a_tiff(run, dtype, n_channels):
+    sky, _ = draw(n_channels=n_channels, dtype=np.dtype(dtype))
+    fits.writeto('sky.fits', planes(sky))
+    tifffile.imwrite('sky.tif', sky, photometric='rgb' if n_channels == 3 else 'minisblack')
+    for arguments in ([], ['--dither', '--rows', '7'], ['--smooth', '0.1'], ['--divide'], ['--sky', 'color']):
+        out = run('-b', 'b.fits', '--overwrite', *arguments)
+        assert run.cli('-b', 'b.tif', '--overwrite', *arguments) == 0
+        assert out.dtype.newbyteorder('=') == np.dtype(dtype)
+        assert_array_equal(out, planes(tifffile.imread('out.tif').reshape(sky.shape)))
+        assert_array_equal(fits.getdata('b.fits'), planes(tifffile.imread('b.tif').reshape(sky.shape)))
+
+
+def test_rows_are_counted_as_stored(run):
+    sky, _ = draw()
+    points = scatter()
+    mirrored = np.stack([points[:, 0], len(sky) - 1 - points[:, 1]], axis=1)
+    fits.writeto('sky.fits', planes(sky))
+    fits.writeto('mirrored.fits', planes(sky[::-1]), fits.Header({'ROWORDER': 'TOP-DOWN'}))
+    out = run('--sky', '1000', points=['-p', *words(points)])
+    assert 'y of points counts from the bottom row' in run.cli.stderr
+    other = run('--sky', '1000', '--overwrite', name='mirrored.fits', points=['-p', *words(mirrored)])
+    assert 'bottom row' not in run.cli.stderr
+    assert np.abs(out.astype(int) - other[:, ::-1].astype(int)).max() <= 1  # sums in another order may round otherwise
+    assert fits.getheader('out.fits')['ROWORDER'] == 'TOP-DOWN'
+
+
+def test_floats_are_not_rescaled(run):
+    sky, background = draw(dtype=np.float32)
+    fits.writeto('sky.fits', planes(sky))
+    out = run()
+    assert 0.03 < np.median(out) < 0.08
+    assert np.abs(out - planes(sky - background + np.median(out))).max() < 0.01
+
+
+def test_nan_stays_and_is_no_data(run):
+    sky, _ = draw(dtype=np.float32)
+    sky[:, :12] = np.nan
+    sky[40, 60] = np.nan
+    fits.writeto('sky.fits', planes(sky))
+    points = [(90, 26), (90, 63), (37, 65), (60, 65)]
+    out = run(points=['-p', *words(points)])
+    assert_array_equal(np.isnan(out), np.isnan(planes(sky)))
+    run.cli.fails('-i', 'sky.fits', '-o', 'x.fits', points=['-p', *words(points), '30', '30'], match='(30, 30) has')
+    run.cli.fails('-i', 'sky.fits', '-o', 'x.fits', points=['-p', *words(points), '60', '40'], match='NaN or infinite')
+
+
+@pytest.mark.parametrize(('dtype', 'blank'), [('i2', -32768), ('u2', 32767), ('i4', 7), ('u1', 255)])
+def test_blank_stays_and_is_no_data(run, dtype, blank):
+    """BLANK is a value as stored: 65535 of unsigned numbers is 32767."""
+    sky, _ = draw(n_channels=1, dtype=np.dtype(dtype))
+    value = blank + (2**15 if dtype == 'u2' else 0)
+    sky //= 1 if dtype == 'u1' else 32
+    hole = np.zeros(sky.shape, bool)
+    hole[:, -10:], hole[:5, :5] = True, True
+    sky[hole] = value
+    primary = fits.PrimaryHDU(planes(sky))
+    primary.header['BLANK'] = blank
+    primary.writeto('sky.fits')
+    points = ['-p', *words([(30, 30), (60, 60), (80, 30), (30, 60)])]
+    assert run.cli('-i', 'sky.fits', '-o', 'out.fits', '--sky', str(0 if dtype == 'i4' else 100), points=points) == 0
+    raw = fits.getdata('out.fits', do_not_scale_image_data=True)
+    assert_array_equal(raw == blank, planes(hole))  # no other pixel became it
+    assert fits.getheader('out.fits')['BLANK'] == blank
+    run.cli.fails('-i', 'sky.fits', '-o', 'x.fits', points=[*points, '87', '60'], match='without data within 24')
+    if dtype == 'i2':
+        with rg.open_picture('sky.fits') as image:
+            places = rg.find_quiet_places(image, 15, 2.0)
+            assert len(places) > 20
+            assert places[:, 0].max() < 110
+
+
+def test_everything_that_tiff_has(run):
+    """Automatic points, a reference of the other format, the preview, several pictures."""
+    sky = tifffile.imread(ROOT / 'test_data' / 'sky.tif')
+    fits.writeto('sky.fits', planes(sky))
+    tifffile.imwrite('sky.tif', sky, photometric='rgb')
+    cli = run.cli
+    assert cli('-i', 'sky.fits', '-o', 'a.fits', '--save-points', 'a.txt', points=['-a']) == 0
+    assert cli('-o', 'a.tif', '--save-points', 'b.txt', '--preview', 'p.png', points=['-a']) == 0
+    assert (cli.folder / 'a.txt').read_text().split()[2:] == (cli.folder / 'b.txt').read_text().split()[2:]
+    assert_array_equal(fits.getdata('a.fits'), planes(tifffile.imread('a.tif')))
+    assert cli('-i', 'sky.fits', '-o', 'r.fits', '--reference', 'a.tif', points=['-a']) == 0
+    assert cli('-o', 'r.tif', '--reference', 'a.fits', points=['-a']) == 0
+    assert_array_equal(fits.getdata('r.fits'), planes(tifffile.imread('r.tif')))
+    (cli.folder / 'several').mkdir()
+    assert cli('-i', 'sky.fits', 'sky.tif', '-o', 'several', points=['-f', 'a.txt']) == 0
+    assert sorted(path.name for path in (cli.folder / 'several').iterdir()) == ['sky.fits', 'sky.tif']
+
+
+# ---- headers and other data -----------------------------------------------------------------------------------------
+
+RICH = ["OBJECT  = 'NGC 7000'           / a comment", 'EXPTIME =                300.0', 'EXPTIME =   3.0E2 / again',
+        "LONGSTR = 'This is a string that is much longer than a card can hold and so &'",
+        "CONTINUE  'goes on in the next one'", 'HIERARCH ESO INS LONG KEYWORD = 5', 'COMMENT  as you like it',
+        'HISTORY stacked', "D\xc9CLIN  = 'not ASCII'", '', "ROWORDER= 'TOP-DOWN'", "MIXED   =   3 / 'quoted'",
+        "DATE-OBS= '2026-11-25T00:00:00'"]
+
+
+def test_cards_are_kept_byte_for_byte(run):
+    stale = ['DATAMIN =  0', 'DATAMAX = 65535', "CHECKSUM= 'abc'", "DATASUM = '1'"]
+    (run.cli.folder / 'sky.fits').write_bytes(header(*RICH[:5], *stale, *RICH[5:], **PRIMARY) + DATA)
+    assert run.cli('-i', 'sky.fits', '-o', 'out.fits', '-b', 'b.fits') == 0
+    for name, text in (('out.fits', 'background gradient removed'), ('b.fits', 'background gradient of the picture')):
+        before, _ = cards_of(run.cli.folder / 'sky.fits')
+        after, data = cards_of(run.cli.folder / name)
+        old = [card for card in before[:-1] if not any(card.startswith(each.encode()[:8]) for each in stale)]
+        assert after[:-2] == old
+        assert after[-2].decode() == f'HISTORY rmgradient {rg.__version__}: {text}'.ljust(80)
+        assert (run.cli.folder / name).stat().st_size == data + len(DATA)
+
+
+def test_long_headers(run):
+    """One that ends at the end of a block, and one for which the new card needs a further block."""
+    for n in range(28, 36):
+        (run.cli.folder / 'sky.fits').write_bytes(header(*[f'COMMENT {i}' for i in range(n)], **PRIMARY) + DATA)
+        out = run('--overwrite')
+        assert out.shape == (90, 120)
+        assert_array_equal(list(fits.getheader('out.fits')['COMMENT']), [str(i) for i in range(n)])
+
+
+def test_other_extensions_are_copied(run):
+    sky, _ = draw()
+    table = fits.BinTableHDU.from_columns([fits.Column('a', 'J', array=np.arange(1000))], name='CATALOG')
+    fits.HDUList([fits.PrimaryHDU(), table, fits.ImageHDU(planes(sky), name='SCI'),
+                  fits.ImageHDU(planes(sky)[0], name='WEIGHT')]).writeto('sky.fits', checksum=True)
+    assert run.cli('-i', 'sky.fits', '-o', 'out.fits') == 0
+    assert 'only the first of 2 pictures is corrected' in run.cli.stderr
+    with fits.open('sky.fits') as before, fits.open('out.fits', checksum=True) as after:
+        after.verify('exception')
+        assert [hdu.name for hdu in after] == ['PRIMARY', 'CATALOG', 'SCI', 'WEIGHT']
+        assert_array_equal(after['WEIGHT'].data, planes(sky)[0])
+        assert_array_equal(after['CATALOG'].data['a'], np.arange(1000))
+        assert 'CHECKSUM' in after['WEIGHT'].header
+        assert 'CHECKSUM' not in after['SCI'].header
+        assert before[1].header.tostring() == after[1].header.tostring()
+        tifffile.imwrite('sky.tif', sky, photometric='rgb')
+        assert run.cli('--overwrite') == 0
+        assert_array_equal(after['SCI'].data, planes(tifffile.imread('out.tif')))
+
+
+@pytest.mark.skipif(not shutil.which('fitsverify'), reason='needs fitsverify')
+@pytest.mark.parametrize('dtype', ['u1', 'u2', 'i4', 'f4', 'f8'])
+def test_fitsverify_finds_no_fault(run, dtype):
+    sky, _ = draw(dtype=np.dtype(dtype))
+    hdu = fits.PrimaryHDU(planes(sky))
+    for text in ('OBJECT', 'HIERARCH ESO X'):
+        hdu.header[text] = 'a' * 50
+    hdu.header['LONGSTRN'] = 'OGIP 1.0'
+    hdu.header['LONGSTR'] = 'b' * 150
+    fits.HDUList([hdu, fits.ImageHDU(np.zeros((3, 3)))]).writeto('sky.fits')
+    run('-b', 'b.fits')
+    for name in ('out.fits', 'b.fits'):
+        done = subprocess.run(['fitsverify', name], capture_output=True, text=True)
+        assert 'found 0 warning(s) and 0 error(s)' in done.stdout, done.stdout
+
+
+def test_file_without_padding_at_its_end(run):
+    (run.cli.folder / 'sky.fits').write_bytes(header(**PRIMARY) + DATA[:90 * 120 * 2])
+    run()
+    assert (run.cli.folder / 'out.fits').stat().st_size == 2880 + len(DATA)
+
+
+def test_trailing_axes_of_one_are_gray(run):
+    for axes in ({'NAXIS': '3', 'NAXIS3': '1'}, {'NAXIS': '4', 'NAXIS3': '1', 'NAXIS4': '1'}):
+        (run.cli.folder / 'sky.fits').write_bytes(header(**{**PRIMARY, **axes}) + DATA)
+        assert run('--overwrite').shape == (*[1] * (int(axes['NAXIS']) - 2), 90, 120)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+def refused(run, content, match, out='x.fits', **more):
+    (run.cli.folder / 'bad.fits').write_bytes(content)
+    line = run.cli.fails('-i', 'bad.fits', '-o', out, match=match, **more)
+    assert 'bad.fits' in line or out in line
+    assert len(line) < 250
+
+
+@pytest.mark.parametrize(('values', 'match'), [
+    ({'NAXIS': '3', 'NAXIS3': '7', 'NAXIS1': '12'}, 'a cube of 12 x 90 x 7; save one plane, or three'),
+    ({'NAXIS': '4', 'NAXIS3': '1', 'NAXIS4': '3', 'NAXIS1': '40'}, 'a cube'),
+    ({'NAXIS': '1'}, 'no picture in it'), ({'NAXIS': '0'}, 'no picture in it'), ({'NAXIS1': '0'}, 'no picture in it'),
+    ({'NAXIS': '3', 'NAXIS3': '0'}, 'no picture in it'),
+    ({'NAXIS1': '0', 'GROUPS': 'T'}, 'random groups'),
+    ({'BSCALE': '0'}, 'scaled by BSCALE 0 and BZERO 0'), ({'BSCALE': '0.5', 'BZERO': '3'}, 'scaled by BSCALE 0.5'),
+    ({'BZERO': '1'}, 'BZERO 1;'), ({'BSCALE': "'one'"}, 'BSCALE one'), ({'BZERO': 'T'}, 'scaled'),
+    ({'BITPIX': '17'}, 'damaged: BITPIX is 17'), ({'BITPIX': "'16'"}, "damaged: BITPIX is '16', not a whole number"),
+    ({'BITPIX': '16.5'}, 'damaged: BITPIX is 16.5'), ({'NAXIS': '1000'}, 'damaged'), ({'NAXIS': '-1'}, 'damaged'),
+    ({'NAXIS1': '-120'}, 'damaged: negative sizes'), ({'NAXIS2': '900000000000'}, 'damaged: its data end at byte'),
+    ({'NAXIS1': "'many'"}, "damaged: NAXIS1 is 'many'"), ({'NAXIS3': '5', 'NAXIS': '4'}, 'damaged: NAXIS4 is None'),
+    ({'NAXIS2': '9' * 60}, 'damaged'), ({'BLANK': "'x'"}, "damaged: BLANK is 'x'"), ({'NAXIS': 'T'}, 'damaged'),
+    ({'PCOUNT': '-1'}, 'negative'), ({'GCOUNT': '100000'}, 'damaged: its data end'), ({'SIMPLE': 'F'}, 'no standard')])
+def test_odd_headers(run, values, match):
+    data = DATA if 'no picture' not in match else bytes(2880) if values == {'NAXIS': '1'} else b''
+    refused(run, header(**{**PRIMARY, **values}) + data, match)
+
+
+def test_damaged_files(run):
+    good = header(**PRIMARY) + DATA
+    refused(run, good[:2000], 'damaged: it ends at byte 2000')
+    refused(run, good[:2880], 'damaged: its data end at byte')
+    refused(run, good[:-6000], 'damaged: its data end at byte')
+    refused(run, good.replace(b'END     ', b'ENE     '), 'damaged: it ends at byte')
+    refused(run, good.replace(b'BITPIX', b'BITPOX'), 'damaged: BITPIX is None')
+    refused(run, header(**{**PRIMARY, 'NAXIS': '0'}) + b'rubbish' * 1000, 'no header at byte 2880')
+    with open(run.cli.folder / 'blanks.fits', 'wb') as file:  # a gigabyte of header, most of it a hole
+        file.write(good[:400])
+        file.truncate(10**9)
+    run.cli.fails('-i', 'blanks.fits', '-o', 'x.fits', match='damaged: no END in 36000 cards')
+    refused(run, header(**{**PRIMARY, 'NAXIS': '0', 'EXTEND': 'T'}) + 200 * header(
+        **{'XTENSION': "'IMAGE   '", 'BITPIX': '8', 'NAXIS': '0', 'PCOUNT': '0', 'GCOUNT': '1'}), 'no picture in it')
+
+
+def test_random_damage_is_never_a_traceback(run):
+    rng, good = np.random.default_rng(5), header(*RICH, **PRIMARY) + DATA
+    for i in range(150):
+        bad = bytearray(good)
+        for _ in range(rng.integers(1, 6)):
+            at = int(rng.integers(0, 2880 if i % 3 else 400))
+            bad[at:at + 1] = bytes([rng.integers(0, 256) if i % 2 else rng.integers(32, 127)])
+        (run.cli.folder / 'bad.fits').write_bytes(bad)
+        assert run.cli('-i', 'bad.fits', '-o', 'out.fits', '--overwrite') in (0, 1)
+        assert run.cli.stderr.count('error: ') <= 1
+
+
+def test_packed_files_are_named(run):
+    sky, _ = draw()
+    fits.writeto('sky.fits', planes(sky))
+    content = (run.cli.folder / 'sky.fits').read_bytes()
+    refused(run, gzip.compress(content), 'compressed by gzip; unpack it: gunzip bad.fits')
+    fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(planes(sky)[0])]).writeto('packed.fits')
+    refused(run, (run.cli.folder / 'packed.fits').read_bytes(), 'compressed by fpack; unpack it with funpack')
+
+
+@pytest.mark.parametrize(('head', 'match'), [
+    (b'\xff\xd8\xff\xe0', 'a JPEG picture; convert it, as by: convert bad.fits sky.tif'), (b'\x89PNG\r\n', 'a PNG'),
+    (b'XISF0100', 'an XISF picture; save it as FITS or TIFF'), (b'II*\0\x10\0\0\0CR\2\0', 'a camera raw picture'),
+    (b'\0\0\0\x18ftypcrx ', 'a camera raw'), (b'FUJIFILMCCD-RAW', 'a camera raw'), (b'8BPS\0\1', 'a Photoshop'),
+    (b'\0\0\0\x18ftypheic', 'a HEIF'), (b'IIRO\x08', 'a camera raw'), (b'BZh91AY', 'bunzip2')])
+def test_other_formats_are_named(run, head, match):
+    refused(run, head.ljust(5000, b'\0'), match)
+
+
+def test_output_is_of_the_format_of_the_input(run):
+    sky, _ = draw()
+    fits.writeto('sky.fits', planes(sky))
+    for name in ('x.tif', 'x.TIFF', 'x.jpg', 'x.png', 'x.xisf', 'x.fits.gz'):
+        run.cli.fails('-i', 'sky.fits', '-o', name, match=f'{name}: the output is a FITS as the input is, not ')
+    for name in ('x.fits', 'x.FIT', 'x.jpeg', 'x.psd'):
+        run.cli.fails('-o', name, match=f'{name}: the output is a TIFF as the input is, not ')
+        run.cli.fails('-b', name, match=f'{name}: the output is a TIFF as the input is, not ')
+    for name in ('x.fts', 'x', 'x.1'):
+        assert run.cli('-i', 'sky.fits', '-o', name) == 0
+    run.cli.fails('-i', 'sky.fits', '-o', 'y.fits', '-c', '1', match='FITS is written without compression')
+
+
+def test_without_astropy(run, monkeypatch):
+    (run.cli.folder / 'sky.fits').write_bytes(header(**PRIMARY) + DATA)
+    monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: None)
+    run.cli.fails('-i', 'sky.fits', '-o', 'x.fits', match='a FITS picture needs astropy; run: pip install astropy')
+
+
+def test_what_is_read(run, monkeypatch):
+    """Rows are read as they are needed, from several threads, whatever the size of the groups."""
+    sky, _ = draw()
+    fits.writeto('sky.fits', planes(sky))
+    with rg.open_picture('sky.fits') as image:
+        for start, left in itertools.product((0, 13), (0, 5)):
+            assert_array_equal(image.read(start, start + 9, left, 50), sky[start:start + 9, left:50])
+        results = [None] * 8
+
+        def work(i):
+            results[i] = image.read(i, 90 - i)
+        workers = [threading.Thread(target=work, args=[i]) for i in range(8)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        for i, rows in enumerate(results):
+            assert_array_equal(rows, sky[i:90 - i])
+
+
+def test_script_does_not_load_astropy_for_tiff(cli):
+    code = 'import rmgradient, sys; rmgradient.main(sys.argv[1:]); sys.exit("astropy" in sys.modules)'
+    command = [sys.executable, '-c', code, '-q', '-i', 'sky.tif', '-o', 'out.tif', '-p', *words(cli.points)]
+    done = subprocess.run(command, env={'PYTHONPATH': str(ROOT), 'PATH': ''}, capture_output=True)
+    assert done.returncode == 0
