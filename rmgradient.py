@@ -56,6 +56,7 @@ import contextlib
 import errno
 import functools
 import importlib.util
+import io
 import itertools
 import logging
 import math
@@ -68,15 +69,24 @@ import threading
 import warnings
 from typing import NamedTuple
 
+
+def why_not_loaded(error):
+    """Return the message of a library that is missing, or fails to load, which each does in its own way."""
+    if isinstance(error, ModuleNotFoundError) and error.name and '.' not in error.name:
+        needed = 'numpy scipy "tifffile[codecs]" threadpoolctl tqdm'
+        names = needed if error.name in f'imagecodecs {needed}' else error.name
+        return f'{error.name} is missing; run: python -m pip install {names}'
+    return f'a library can not be loaded ({type(error).__name__}): not enough memory, or installed in part only'
+
+
 try:
     import imagecodecs
     import numpy as np
     import tifffile
-except ImportError as error:
+except Exception as error:
     if not IS_COMMAND:
         raise
-    sys.exit(f'rmgradient: error: {error.name} is missing; '
-             'run: python -m pip install numpy scipy "tifffile[codecs]" threadpoolctl tqdm')
+    sys.exit(f'rmgradient: error: {why_not_loaded(error)}')
 
 __version__ = '1.0.0'
 logger = logging.getLogger('rmgradient')
@@ -99,6 +109,15 @@ SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if 
 
 class RmgradientError(ValueError):
     """Something that the user can correct."""
+
+
+class Damage(RmgradientError):
+    """What a file declares can't be."""
+
+
+def printable(text):
+    """Return text in which what is not printable, such as control characters in the name of a file, is escaped."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in str(text))
 
 
 @contextlib.contextmanager
@@ -188,11 +207,16 @@ def make_points(pairs):
     Raises
     ------
     RmgradientError
-        For anything but whole numbers, an isoline without a first point, a place given twice, less than three places.
+        For anything but whole numbers, an isoline without a first point, a place given twice, less than three places,
+        or more than `MOST_POINTS`: the time of a fit grows with the third power of their number, memory with the
+        second.
     """
     pairs = np.asarray(pairs, float)
     if pairs.size == 0:
         raise RmgradientError('no points; give at least three')
+    if len(pairs) > MOST_POINTS:
+        raise RmgradientError(f'{len(pairs)} points are too many, they would take minutes and gigabytes; '
+                              f'give at most {MOST_POINTS}')
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise RmgradientError(f'points of shape {pairs.shape} are not pairs of coordinates')
     if not (np.abs(pairs) < 2**31).all() or (pairs % 1).any():
@@ -304,6 +328,10 @@ def measure_levels(image, points, sigma=SIGMA):
         if not np.isfinite(levels[i]).all():
             raise RmgradientError(f'point ({x}, {y}) has NaN or infinite pixels within {radius} pixels; '
                                   'move it or lower --sigma')
+    largest = np.abs(levels[points.leader]).max()
+    if not 1e-140 < largest < 1e140 and largest > 0:  # squares of others are no numbers
+        raise RmgradientError(f'levels up to {largest:.3g} are not from 1e-140 to 1e140; multiply the picture by a '
+                              'power of ten')
     return levels[points.leader], noise[points.leader]
 
 
@@ -837,12 +865,8 @@ def fit_background(points, levels, smooth='auto'):
     Raises
     ------
     RmgradientError
-        If the smoothness makes the equations singular, or for more than `MOST_POINTS`: time grows with the third power
-        of their number, memory with the second.
+        If the smoothness makes the equations singular.
     """
-    if len(levels) > MOST_POINTS:
-        raise RmgradientError(f'{len(levels)} points are too many, they would take minutes and gigabytes; '
-                              f'give at most {MOST_POINTS}')
     if smooth != 'auto':
         return _fit_classic(points.centers, levels, smooth)
     choice = choose_model(points.centers, levels, points.leader)
@@ -1169,7 +1193,9 @@ class Surfaces:
         n_kept = sets.sum(axis=1)
         n_free = np.maximum(n_kept - n_terms, 0.2 * n_kept)
         kept = residuals * (sets / n_free[:, None])[..., None]
-        covariance = kept.transpose(0, 2, 1) @ residuals + LEAST_VARIANCE * np.eye(n_channels)
+        covariance = kept.transpose(0, 2, 1) @ residuals
+        least = LEAST_VARIANCE + 1e-12 * np.trace(covariance, axis1=1, axis2=2)  # the same in all channels, if huge
+        covariance += least[:, None, None] * np.eye(n_channels)
         return residuals, covariance, ((residuals @ np.linalg.inv(covariance)) * residuals).sum(axis=2)
 
 
@@ -1312,8 +1338,8 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
                 each = columns[i:i + across * tile:tile]
                 reached[:len(each)] |= each
         # Over rows first: sums over the short last axes are slow.
-        rows = rows[:tile, :across * tile].reshape(tile, -1).astype(float)
         with np.errstate(invalid='ignore', over='ignore'):
+            rows = rows[:tile, :across * tile].reshape(tile, -1).astype(float)
             sums = [values.reshape(across, tile, n_channels).sum(axis=1)
                     for values in (rows.sum(axis=0), np.einsum('ij,ij->j', rows, rows))]
         return *sums, reached
@@ -1613,17 +1639,22 @@ def correct_rows(strip, start, model, method='subtract', sky=None, dither=False,
     empty = no_data(strip[..., :n_channels]) if keep_no_data else np.zeros(strip.shape[:2], bool)
     kept = strip[empty]
     color, n_limited = strip[..., :n_channels], np.zeros(2, int)
-    blanks = False if blank is None else color == blank
     for rows, columns, shift in model.blocks(start, stop, width):
         before = color[rows, columns]
-        corrected = correct(before, shift, method, sky, noise[rows, columns] if dither else None)
+        with np.errstate(invalid='ignore'):  # signaling NaN
+            corrected = correct(before, shift, method, sky, noise[rows, columns] if dither else None)
+        if blank is not None:
+            corrected = np.where(before == blank, before, keep_off(corrected, blank))
         n_limited += newly_limited(before, corrected)
         before[...] = corrected
-    if blank is not None:
-        color[color == blank] = blank - 1 if blank == np.iinfo(strip.dtype).max else blank + 1
-        color[blanks] = blank
     strip[empty] = kept
     return n_limited
+
+
+def keep_off(values, blank):
+    """Return integers of which none is a value that stands for no data."""
+    neighbor = blank - 1 if blank == np.iinfo(values.dtype).max else blank + 1
+    return np.where(values == blank, values.dtype.type(neighbor), values)
 
 
 # ---- Pictures -------------------------------------------------------------------------------------------------------
@@ -1636,17 +1667,17 @@ class RandomAccess:
         self.size = os.fstat(file.fileno()).st_size
 
     def read(self, offset, size):
-        """Return bytes; ValueError if there are too few."""
+        """Return bytes; Damage if there are too few."""
         if offset < 0 or offset + size > self.size:
-            raise ValueError(f'it ends at byte {self.size}, {offset + size - self.size} bytes too early')
+            raise Damage(f'it ends at byte {self.size}, {offset + size - self.size} bytes too early')
         parts = []
         while size:
             part = self._read_some(offset, min(size, 2**30))  # systems read at most 2 GiB at once
             if not part:
-                raise ValueError(f'it ends at byte {offset}, {size} bytes too early')
+                raise Damage(f'it ends at byte {offset}, {size} bytes too early')
             parts.append(part)
             offset, size = offset + len(part), size - len(part)
-        return parts[0] if len(parts) == 1 else b''.join(parts)
+        return b''.join(parts)
 
     def _read_some(self, offset, size):
         if hasattr(os, 'pread'):
@@ -1703,13 +1734,17 @@ class Picture:
 
     @contextlib.contextmanager
     def _damage(self):
-        """Turn what libraries raise on damaged files, a dozen types of exceptions, into one."""
+        """Turn what libraries raise on damaged files, a dozen types of exceptions in words of their own, into one."""
         try:
             yield
+        except Damage as error:
+            raise RmgradientError(f'damaged: {error}') from error
         except (RmgradientError, OSError, MemoryError):
             raise
         except Exception as error:
-            raise RmgradientError(f'damaged: {str(error) or type(error).__name__}') from error
+            decoded = type(error).__module__.startswith('imagecodecs')
+            what = 'its strips or tiles can not be decoded' if decoded else f'{self.name} libraries can not read it'
+            raise RmgradientError(f'damaged: {what}') from error
 
     def __getitem__(self, window):
         rows, columns = window
@@ -1752,10 +1787,16 @@ class TiffBytes(RandomAccess):
     bigtiff : bool
     first : int
         Offset of the first directory.
+
+    Notes
+    -----
+    Directories and values can point anywhere, also to the same bytes. So that reading them stays cheap, what they
+    declare all together is never more than the file has, and no directory is read twice.
     """
 
     def __init__(self, file):
         super().__init__(file)
+        self._left, self._directories = self.size, set()
         self.byteorder = '<' if self.read(0, 2) == b'II' else '>'
         self.bigtiff = self.numbers(SHORT, 1, 2) == (43,)
         self.first, = self.numbers(LONG8, 1, 8) if self.bigtiff else self.numbers(LONG, 1, 4)
@@ -1764,14 +1805,24 @@ class TiffBytes(RandomAccess):
         """Return a tuple of unsigned integers of a type."""
         return struct.unpack(f'{self.byteorder}{count}{NUMBERS[type_]}', self.read(offset, count * TYPE_SIZES[type_]))
 
+    def declared(self, offset, size):
+        """Return bytes that belong to a directory or are a value in it; Damage if the file can't hold all of them."""
+        self._left -= size
+        if self._left < 0:
+            raise Damage('its directories and their values are larger than itself')
+        return self.read(offset, size)
+
     def directory(self, offset):
         """Return (code, type, count, offset of the value) of all entries, and the offset of the next directory."""
         head, entry, pointer = directory_structs(self.byteorder, self.bigtiff)
+        if offset in self._directories:
+            raise Damage(f'the directory at byte {offset} is referred to twice')
+        self._directories.add(offset)
         n_entries, = head.unpack(self.read(offset, head.size))
         if n_entries > 4096:  # as tifffile has it: no program writes so many
-            raise ValueError(f'a directory of {n_entries} tags')
+            raise Damage(f'a directory of {n_entries} tags')
         offset += head.size
-        data = self.read(offset, n_entries * entry.size + pointer.size)
+        data = self.declared(offset, n_entries * entry.size + pointer.size)
         entries = []
         for i in range(n_entries):
             code, type_, count, value = entry.unpack_from(data, i * entry.size)
@@ -1784,23 +1835,24 @@ class TiffBytes(RandomAccess):
 def pack_directory(tags, offset, byteorder, bigtiff):
     """Return the bytes of a directory at `offset`, which is even, with the values and sub-directories behind it."""
     head, entry, pointer = directory_structs(byteorder, bigtiff)
-    entries, values = b'', b''
-    behind = offset + head.size + len(tags) * entry.size + pointer.size
+    entries, values, end = [], [], offset + head.size + len(tags) * entry.size + pointer.size
     for code, type_, count, value in sorted(tags, key=lambda tag: tag.code):
         if isinstance(value, list):
-            value, type_ = pack_directory(value, behind + len(values), byteorder, bigtiff), IFD8 if bigtiff else LONG
+            value, type_ = pack_directory(value, end, byteorder, bigtiff), IFD8 if bigtiff else LONG
         elif len(value) <= pointer.size:
-            entries += entry.pack(code, type_, count, value)
+            entries.append(entry.pack(code, type_, count, value))
             continue
-        entries += entry.pack(code, type_, count, pointer.pack(behind + len(values)))
-        values += value + bytes(len(value) % 2)
-    return head.pack(len(tags)) + entries + pointer.pack(0) + values
+        entries.append(entry.pack(code, type_, count, pointer.pack(end)))
+        values.append(value + bytes(len(value) % 2))
+        end += len(values[-1])
+    return b''.join([head.pack(len(tags)), *entries, pointer.pack(0), *values])
 
 
 # ---- TIFF input -----------------------------------------------------------------------------------------------------
 
-EXIF, GPS, INTEROPERABILITY, ICC, XMP = 34665, 34853, 40965, 34675, 700
-SUB_DIRECTORIES = {EXIF, GPS, INTEROPERABILITY}
+EXIF, GPS, INTEROPERABILITY, ICC, XMP, DESCRIPTION = 34665, 34853, 40965, 34675, 700, 270
+METAMORPH, IMAGEJ = range(33628, 33632), (50838, 50839)  # of all planes of a stack
+SUB_DIRECTORIES = {None: {EXIF, GPS, INTEROPERABILITY}, EXIF: {INTEROPERABILITY}}  # of which directory
 # Tags that say how the pixels are stored: the output has its own. 254, 255, 297: kind and number of the page.
 STRUCTURE_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 288, 289, 292, 293, 297, 317,
                   *range(322, 326), 330, 338, 339, 347, 400, *range(512, 522)}
@@ -1858,10 +1910,16 @@ class TiffImage(Picture):
         self.n_samples, self.dtype = page.samplesperpixel, page.dtype.newbyteorder('=')
         self.shape = page.imagelength, page.imagewidth, 3 if page.photometric == 2 else 1
         extra_samples = [int(kind) for kind in page.extrasamples]
+        self._unreadable = []
+        tags, n_skipped = self._read_tags(entries), self._count_pictures(next_directory)
+        self.warnings += [f'{what} cannot be read and is left out' for what in self._unreadable[:3]]
+        if n_more := len(self._unreadable[3:]):
+            self.warnings.append(f'{n_more} more tags cannot be read and are left out')
+        plane = self.shape[0] * self.shape[1] * self.n_samples
+        tags, n_planes = first_of_stack(tags, n_skipped + 1, plane, file.size // (plane * self.dtype.itemsize))
         self.profile = TiffProfile(self.shape, self.n_samples, self.dtype, int(page.photometric), extra_samples,
-                                   file.byteorder, file.bigtiff, self._read_tags(entries))
-        n_skipped = self._count_pictures(next_directory)
-        if n_skipped:
+                                   file.byteorder, file.bigtiff, tags)
+        if n_skipped := max(n_skipped, n_planes - 1):
             self.warnings.append(f'only the first of {n_skipped + 1} pages is corrected, '
                                  f'{n_skipped} {"is" if n_skipped == 1 else "are"} left out')
         self._grid = grid_of_segments(page)
@@ -1895,7 +1953,7 @@ class TiffImage(Picture):
                 index = (plane * down + i) * across + j
                 segment = self._segment_rows(index, first - y, last - y, len(indices))[:, first_x - x:last_x - x]
                 if segment.shape[:2] != (last - first, last_x - first_x):
-                    raise ValueError(f'segment {index} is cut short')
+                    raise Damage(f'segment {index} is cut short')
             samples = slice(plane, plane + 1) if planes > 1 else slice(None)
             window[first - start:last - start, first_x - left:last_x - left, samples] = segment
         return invert(window) if self.profile.photometric == 0 else window
@@ -1928,25 +1986,26 @@ class TiffImage(Picture):
                 future.set_exception(error)
         return future.result()
 
-    def _read_tags(self, entries, skip=STRUCTURE_TAGS | STALE_TAGS):
-        """Return the tags worth keeping, byte for byte, sub-directories included."""
+    def _read_tags(self, entries, inside=None):
+        """Return the tags of the first directory, or inside of one, worth keeping, byte for byte."""
         tags = []
         for code, type_, count, offset in entries:
-            if code in skip:
+            if inside is None and code in STRUCTURE_TAGS | STALE_TAGS:
                 continue
             try:
-                if code in SUB_DIRECTORIES:
-                    inside, _ = self._bytes.directory(self._bytes.numbers(type_, 1, offset)[0])
-                    tags.append(Tag(code, LONG, 1, self._read_tags(inside, skip={code})))
-                elif type_ in (13, 18):
-                    raise ValueError('it points to a directory of unknown use')
+                if code in SUB_DIRECTORIES.get(inside, ()):
+                    within, _ = self._bytes.directory(self._bytes.numbers(type_, 1, offset)[0])
+                    tags.append(Tag(code, LONG, 1, self._read_tags(within, code)))
+                elif type_ in (13, 18) or code in SUB_DIRECTORIES[None]:
+                    raise Damage('it points to a directory of unknown use')
                 else:
-                    tags.append(Tag(code, type_, count, self._bytes.read(offset, count * TYPE_SIZES[type_])))
-            except (KeyError, ValueError, struct.error, OverflowError) as error:
+                    tags.append(Tag(code, type_, count, self._bytes.declared(offset, count * TYPE_SIZES[type_])))
+            except (KeyError, Damage, struct.error, OverflowError) as error:
                 what = NAMES_OF_TAGS.get(code, f'tag {code}')
                 if code in (ICC, XMP):
-                    raise RmgradientError(f'{what} cannot be read: {error}') from error
-                self.warnings.append(f'{what} cannot be read and is left out')
+                    reason = error if isinstance(error, Damage) else 'its type is unknown'
+                    raise RmgradientError(f'{what} cannot be read: {reason}') from error
+                self._unreadable.append(what)
         return tags
 
     def _count_pictures(self, directory):
@@ -1959,7 +2018,7 @@ class TiffImage(Picture):
                 entries, directory = self._bytes.directory(directory)
                 tags = {code: self._bytes.numbers(type_, 1, offset)[0] for code, type_, _, offset in entries
                         if code in (254, 255, 256, 257)}
-            except (KeyError, ValueError, struct.error, OSError, OverflowError):
+            except (KeyError, Damage, struct.error, OSError, OverflowError):
                 self.warnings.append('a further page is damaged and left out')
                 break
             is_level = any(abs(tags.get(256, 0) - width / 2**k) < 1 > abs(tags.get(257, 0) - height / 2**k)
@@ -1968,9 +2027,31 @@ class TiffImage(Picture):
         return n_pictures
 
 
+def first_of_stack(tags, n_pages, n_values, most):
+    """Return tags that hold of the first plane alone, and how many planes of n_values they told of, if not above most.
+
+    ImageJ and MetaMorph write a stack as one page, and tifffile and OME describe all pages in the first.
+    """
+    text = next((tag.value for tag in tags if tag.code == DESCRIPTION), b'')
+    n_planes = next((tag.count for tag in tags if tag.code == METAMORPH[1]), 1)
+    if text.startswith(b'ImageJ='):
+        n_planes = max(map(int, re.findall(rb'^images=(\d{1,9})$', text, re.MULTILINE)), default=1)
+        text = re.sub(rb'^(images|channels|slices|frames|hyperstack)=.*\n', b'', text, flags=re.MULTILINE)
+    elif shape := re.match(rb'{"shape": \[([\d, ]{1,200})\]', text):
+        n_planes, text = math.prod(int(n) for n in shape[1].split(b',') if n.strip()) // n_values, b''
+    elif b'<OME' in text:
+        text = b''
+    if n_planes > most or max(n_planes, n_pages) == 1:
+        return tags, 1
+    stale = {*METAMORPH, *IMAGEJ, *(() if text else [DESCRIPTION])}
+    return [tag._replace(count=len(text), value=text) if tag.code == DESCRIPTION else tag for tag in tags
+            if tag.code not in stale], n_planes
+
+
 def invert(rows):
-    """Turn a picture whose zero is white into one whose zero is black, and back."""
-    return 1 - rows if rows.dtype.kind == 'f' else ~rows
+    """Turn the gray of a picture whose zero is white into one whose zero is black, and back; alpha stays."""
+    gray = rows[..., :1]
+    return np.concatenate([1 - gray if rows.dtype.kind == 'f' else ~gray, rows[..., 1:]], axis=-1)
 
 
 def check_structure(structure):
@@ -2164,47 +2245,53 @@ class FitsHeader(NamedTuple):
     @property
     def is_picture(self):
         """Whether the data are an array of two or more dimensions, compressed or not."""
-        is_array = self.start == 0 or str(self.values.get('XTENSION')).strip() == 'IMAGE'
-        return self.values.get('ZIMAGE') is True or is_array and len(self.axes) > 1 and self.end > self.data
+        is_array = self.start == 0 or str(self.get('XTENSION')).strip() == 'IMAGE'
+        return self.get('ZIMAGE') is True or is_array and len(self.axes) > 1 and math.prod(self.axes) > 0
+
+    def get(self, name, default=None):
+        """Return the value of a keyword; astropy also takes HIERARCH ones and those in small letters for it."""
+        start = f'{name:8}='.encode()
+        return self.values[name] if any(card.startswith(start) for card in self.cards) else default
 
 
-def whole_number(values, name, default=None):
-    """Return a whole number of a header; ValueError if it is none."""
-    value = values.get(name, default)
+def whole_number(header, name, default=None):
+    """Return a whole number of a FitsHeader; Damage if it is none."""
+    value = header.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f'{name} is {value!r}, not a whole number')
+        raise Damage(f'{name} is {value!r}, not a whole number')
     return value
 
 
 def read_header(file, start):
-    """Return the FitsHeader at an offset of a RandomAccess file; ValueError if there is none, or its data are cut."""
+    """Return the FitsHeader at an offset of a RandomAccess file; Damage if there is none, or its data are cut."""
     from astropy.io.fits import Header
     cards = []
     while not any(ends := [card.rstrip() == b'END' for card in cards[-36:]]):
         if len(cards) == MOST_CARDS:
-            raise ValueError(f'no END in {len(cards)} cards of the header')
+            raise Damage(f'no END in {len(cards)} cards of the header')
         block = file.read(start + len(cards) * FITS_CARD, FITS_BLOCK)
         if not cards and not block.startswith((b'SIMPLE  =', b'XTENSION=')):
-            raise ValueError(f'no header at byte {start}')
+            raise Damage(f'no header at byte {start}')
         cards += [block[i:i + FITS_CARD] for i in range(0, FITS_BLOCK, FITS_CARD)]
     data = start + len(cards) * FITS_CARD
     cards = cards[:len(cards) - 36 + ends.index(True)]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # what is not as in the standard is copied as it is
         values = Header.fromstring(b''.join(cards).decode('ascii', 'replace').replace('\ufffd', '?'))
-        bits, n_axes = whole_number(values, 'BITPIX'), whole_number(values, 'NAXIS')
+        header = FitsHeader(cards, values, [], start, data, data)
+        bits, n_axes = whole_number(header, 'BITPIX'), whole_number(header, 'NAXIS')
         if bits not in (8, 16, 32, 64, -32, -64) or not 0 <= n_axes <= 999:
-            raise ValueError(f'BITPIX is {bits}, and NAXIS is {n_axes}')
-        axes = [whole_number(values, f'NAXIS{i + 1}') for i in range(n_axes)]
-        groups, extra = whole_number(values, 'GCOUNT', 1), whole_number(values, 'PCOUNT', 0)
+            raise Damage(f'BITPIX is {bits}, and NAXIS is {n_axes}')
+        axes = [whole_number(header, f'NAXIS{i + 1}') for i in range(n_axes)]
+        groups, extra = whole_number(header, 'GCOUNT', 1), whole_number(header, 'PCOUNT', 0)
     if min(groups, extra, *axes) < 0:
-        raise ValueError('negative sizes')
-    if values.get('GROUPS') is True and axes[:1] == [0]:
+        raise Damage('negative sizes')
+    if header.get('GROUPS') is True and axes[:1] == [0]:
         raise RmgradientError('random groups, no picture; save one as FITS or TIFF')
     size = abs(bits) // 8 * groups * (extra + math.prod(axes)) if axes else 0
     if data + size > file.size:
-        raise ValueError(f'its data end at byte {data + size} of a file of {file.size}')
-    return FitsHeader(cards, values, axes, start, data, data + size)
+        raise Damage(f'its data end at byte {data + size} of a file of {file.size}')
+    return header._replace(axes=axes, end=data + size)
 
 
 def fits_blocks(size):
@@ -2222,29 +2309,32 @@ class FitsImage(Picture):
     name, endings = 'FITS', ('.fits', '.fit', '.fts')
 
     def _open(self):
-        if not importlib.util.find_spec('astropy'):
-            raise RmgradientError('a FITS picture needs astropy; run: pip install astropy')
+        try:
+            import astropy.io.fits  # noqa: F401
+        except Exception as error:
+            raise RmgradientError(f'needs astropy: {why_not_loaded(error)}') from error
         self._bytes = RandomAccess(self._file)
         self._header = header = self._find_picture()
-        if header.values.get('ZIMAGE') is True:
+        if header.get('ZIMAGE') is True:
             raise RmgradientError('compressed by fpack; unpack it with funpack')
         if math.prod(header.axes[2:]) != 1 and (header.axes[2] != 3 or math.prod(header.axes[3:]) != 1):
             raise RmgradientError(f'a cube of {" x ".join(map(str, header.axes))}; save one plane, or three')
         width, height, self.n_samples = (*header.axes, 1)[:3]
         self.shape = height, width, self.n_samples
-        bits, zero = header.values['BITPIX'], header.values.get('BZERO', 0)
+        bits, zero, scale = header.get('BITPIX'), header.get('BZERO', 0), header.get('BSCALE', 1)
         half = {8: -128, 16: 2**15, 32: 2**31, 64: 2**63}.get(bits)
-        if header.values.get('BSCALE', 1) != 1 or zero not in (0, half):
-            raise RmgradientError(f'values are scaled by BSCALE {header.values.get("BSCALE", 1)} and BZERO {zero}; '
-                                  'save them as they are, integers or floating point numbers')
+        if scale != 1 or zero not in (0, half):
+            raise RmgradientError(f'values are scaled by BSCALE {scale} and BZERO {zero}; save them as they are, '
+                                  'integers or floating point numbers')
         kind = 'f' if bits < 0 else 'u' if bits == 8 else 'i'
         self.stored = np.dtype(f'>{kind}{abs(bits) // 8}')
         self.dtype = self.stored.newbyteorder('=')
         if zero:
             self.dtype = np.dtype(f'{"i" if kind == "u" else "u"}{self.dtype.itemsize}')
-        if kind != 'f' and 'BLANK' in header.values:
-            self.blank = whole_number(header.values, 'BLANK') + int(zero)
-        self.bottom_up = str(header.values.get('ROWORDER')).strip().upper() != 'TOP-DOWN'
+        if kind != 'f' and header.get('BLANK') is not None:
+            blank, limits = whole_number(header, 'BLANK') + int(zero), np.iinfo(self.dtype)
+            self.blank = blank if limits.min <= blank <= limits.max else None
+        self.bottom_up = str(header.get('ROWORDER')).strip().upper() != 'TOP-DOWN'
 
     def _find_picture(self):
         """Return the header of the picture."""
@@ -2252,11 +2342,11 @@ class FitsImage(Picture):
         for _ in range(MOST_HEADERS):
             try:
                 header = read_header(self._bytes, start)
-            except ValueError:
+                found += [header] if header.is_picture else []
+            except Exception:
                 if not found:
                     raise
                 break  # what is behind a picture is copied, whatever it is
-            found += [header] if header.is_picture else []
             start = header.data + fits_blocks(header.end - header.data)
             if start >= self._bytes.size:
                 break
@@ -2269,12 +2359,14 @@ class FitsImage(Picture):
     def read(self, start, stop, left=0, right=None):
         """Return rows start to stop - 1 as a (n_rows, n_columns, n_samples) ndarray in native byte order."""
         height, width, planes = self.shape
-        size = width * self.stored.itemsize
-        window = np.empty((stop - start, (right or width) - left, planes), self.stored.newbyteorder('='))
-        for plane in range(planes):
+        n_columns, item = (right or width) - left, self.stored.itemsize
+        window = np.empty((stop - start, n_columns, planes), self.stored.newbyteorder('='))
+        step = stop - start if n_columns == width else 1  # rows that are read at once
+        for plane, row in itertools.product(range(planes), range(0, stop - start, step)):
+            first = (plane * height + start + row) * width + left
             with self._damage():
-                data = self._bytes.read(self._header.data + (plane * height + start) * size, (stop - start) * size)
-            window[..., plane] = np.frombuffer(data, self.stored).reshape(-1, width)[:, left:right]
+                data = self._bytes.read(self._header.data + first * item, step * n_columns * item)
+            window[row:row + step, :, plane] = np.frombuffer(data, self.stored).reshape(-1, n_columns)
         return window if self.dtype == window.dtype else turn_sign(window, self.dtype)
 
     def writer(self, file, kind, rows, compress):
@@ -2309,7 +2401,10 @@ class FitsPlanes:
     def __init__(self, file, source, header, stored, kind):
         self._file, self._source, self._header, self._stored, self._row = file, source, header, stored, 0
         what = {'output': 'background gradient removed', 'background': 'background gradient of the picture'}[kind]
-        cards = [card for card in header.cards if card[:8] not in STALE_CARDS]
+        cards, is_stale = [], False
+        for card in header.cards:
+            is_stale = card[:8] in STALE_CARDS or is_stale and card.startswith(b'CONTINUE')
+            cards += [] if is_stale else [card]
         text = b''.join([*cards, f'HISTORY rmgradient {__version__}: {what}'.encode().ljust(FITS_CARD), b'END'])
         self._copy(0, header.start)
         file.write(text.ljust(fits_blocks(len(text))))
@@ -2335,10 +2430,11 @@ class FitsPlanes:
 
     def finish(self):
         """Write what comes behind the picture."""
-        size = self._header.end - self._header.data
+        size = math.prod(self._header.axes) * self._stored.itemsize
         self._file.seek(self._start + size)
-        self._file.write(bytes(fits_blocks(size) - size))
-        self._copy(min(self._header.data + fits_blocks(size), self._source.size), self._source.size)
+        self._copy(self._header.data + size, self._source.size)
+        end = self._file.tell()
+        self._file.write(bytes(fits_blocks(end) - end))
 
 
 # ---- Formats --------------------------------------------------------------------------------------------------------
@@ -2453,45 +2549,74 @@ def whole_files(outputs, overwrite):
 
     Notes
     -----
-    Each file is written under a random name in the folder of its path, synchronized, and linked or renamed to the path.
+    Where the system can (Linux), a file has no name until it is complete, so that nothing is left of it however the
+    program ends; elsewhere it has a random name in the folder of its path. It is synchronized, and linked or renamed to
+    the path. A file that is replaced leaves its mode, and its owner where that is allowed.
     """
     with contextlib.ExitStack() as stack:
-        files, temporary = {}, {}
+        files, sources = {}, {}
         for key, path in outputs.items():
-            name, flags = path, os.O_RDWR | getattr(os, 'O_BINARY', 0)
-            if not is_device(path):
-                name = temporary[path] = _beside(path)
-                flags |= os.O_CREAT | os.O_EXCL
-                stack.callback(_remove, name)
             with about(path):
-                files[key] = stack.enter_context(_closing(os.fdopen(os.open(name, flags, 0o666), 'w+b')))
+                if is_device(path):
+                    descriptor = os.open(path, os.O_RDWR | getattr(os, 'O_BINARY', 0))
+                else:
+                    descriptor, sources[path] = _open_beside(path)
+                    stack.callback(_remove, sources[path])
+                files[key] = stack.enter_context(_closing(os.fdopen(descriptor, 'w+b')))
         yield files
         for key, path in outputs.items():
             with about(path):
                 files[key].flush()
-                if path in temporary:
+                if path in sources:
                     os.fsync(files[key].fileno())
-                files[key].close()
+                if not _is_nameless(sources.get(path, '')):
+                    files[key].close()
         with signals_handled(signal.SIG_IGN):  # nothing interrupts the moment in which files get their names
-            _publish(temporary, overwrite)
+            _publish(sources, overwrite)
 
 
-def _publish(temporary, overwrite):
-    """Give files their names, {path: temporary name}; on failure take the names back, and restore what was there."""
+def _open_beside(path):
+    """Open a new file in the folder of a path; return its descriptor, and a path that leads to it."""
+    with contextlib.suppress(OSError, AttributeError):  # what systems say that know no files without names
+        descriptor = os.open(os.path.dirname(os.path.realpath(path)), os.O_TMPFILE | os.O_RDWR, 0o666)
+        source = f'/proc/self/fd/{descriptor}'
+        if os.path.exists(source):
+            return descriptor, source
+        os.close(descriptor)
+    name = _beside(path)
+    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0), 0o666), name
+
+
+def _is_nameless(source):
+    return source.startswith('/proc/self/fd/')
+
+
+def _publish(sources, overwrite):
+    """Give files their names, {path: source}; on failure take the names back, and restore what was there."""
     with contextlib.ExitStack() as cleanup, contextlib.ExitStack() as undo:
-        for path, name in temporary.items():
+        for path, source in sources.items():
             real = os.path.realpath(path)
             with about(path):
-                if overwrite and os.path.exists(real):
-                    old = _beside(path)
-                    cleanup.callback(_remove, old)
-                    _name_anew(real, old)
-                    undo.callback(os.replace, old, real)
-                    os.replace(name, real)
-                else:
-                    _name_anew(name, real)
-                    undo.callback(_remove, real)
-        for folder in {os.path.dirname(name) for name in temporary.values()}:
+                try:
+                    if not (overwrite and os.path.exists(real)):
+                        _name_anew(source, real)
+                        undo.callback(_remove, real)
+                        continue
+                except FileExistsError:  # it appeared meanwhile
+                    if not overwrite:
+                        raise
+                old, new = _beside(path), _beside(path)
+                replaced = os.stat(real)
+                with contextlib.suppress(OSError, AttributeError):  # not allowed, or Windows
+                    os.chown(source, replaced.st_uid, replaced.st_gid)
+                os.chmod(source, stat.S_IMODE(replaced.st_mode))
+                cleanup.callback(_remove, old)
+                _name_anew(real, old)
+                undo.callback(os.replace, old, real)
+                cleanup.callback(_remove, new)
+                _name_anew(source, new)
+                os.replace(new, real)
+        for folder in {os.path.dirname(os.path.realpath(path)) for path in sources}:
             with about(folder):
                 _sync_folder(folder)
         undo.pop_all()
@@ -2505,7 +2630,10 @@ def _beside(path):
 def _name_anew(path, name):
     """Give a file a name that nothing has; it may keep the old one."""
     try:
-        os.link(path, name)
+        if _is_nameless(path):
+            os.link(path, name, src_dir_fd=0, follow_symlinks=True)  # only with a folder, it does follow
+        else:
+            os.link(path, name)
     except OSError as error:
         # What systems say of file systems without links, such as exFAT: Linux, macOS, FUSE, Windows.
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
@@ -2516,8 +2644,9 @@ def _name_anew(path, name):
 
 
 def _remove(path):
-    with contextlib.suppress(OSError):
-        os.remove(path)
+    if not _is_nameless(path):
+        with contextlib.suppress(OSError):
+            os.remove(path)
 
 
 def _sync_folder(folder):
@@ -2577,7 +2706,7 @@ def read_binned(image, left, right, top, bottom, n=1000):
 def correct_binned(picture, background, method, sky, dtype):
     """Return a binned picture without its background, float64, and where it became black, (height, width) bool."""
     white, lowest = (np.iinfo(dtype).max, np.iinfo(dtype).min) if dtype.kind in 'ui' else (1.0, 0)
-    with np.errstate(divide='ignore', invalid='ignore'):
+    with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
         after = correct(picture / white, (background - sky) / white, method, sky / white) * white
     after = np.where(no_data(picture)[..., None], picture, after)
     return after, ((after <= lowest) & (picture > lowest)).any(axis=2)
@@ -2607,15 +2736,18 @@ def stretch_midtones(picture, like=None):
 def draw_points(axes, points, bad, radius, numbered):
     """Draw points, rings as far as the blur reaches, isolines, and numbers; bad ones red. Return all that."""
     from matplotlib.collections import EllipseCollection, LineCollection
+    from matplotlib.patheffects import withStroke
     colors = np.where(np.isin(np.arange(len(points.x)), bad), 'red', 'orange').tolist()
     rings = EllipseCollection(2 * radius, 2 * radius, 0, units='xy', offsets=points.centers, facecolors='none',
                               transOffset=axes.transData, edgecolors=colors)
     isolines = [points.centers[points.leader == first] for first in np.unique(points.leader)]
     drawn = [axes.add_collection(LineCollection(isolines, colors='orange', linewidths=1)), axes.add_collection(rings),
-             axes.scatter(points.x, points.y, s=4, c=colors)]
+             axes.scatter(points.x, points.y, s=2, c=colors),
+             axes.scatter(points.x[bad], points.y[bad], s=80, c='red', marker='x')]
     if numbered:
-        drawn += [axes.annotate(str(i + 1), center, (3, 3), textcoords='offset points', color=color, fontsize=7)
-                  for i, (center, color) in enumerate(zip(points.centers, colors))]
+        outline = [withStroke(linewidth=2, foreground='black')]
+        drawn += [axes.annotate(str(i + 1), center, (3, 3), textcoords='offset points', color=color, fontsize=8,
+                                path_effects=outline) for i, (center, color) in enumerate(zip(points.centers, colors))]
     return drawn
 
 
@@ -2632,12 +2764,14 @@ def draw_preview(file, kind, image, points, misfits, model, method, sky, radius)
     background = model.shrunk(factor).evaluate(0, *before.shape[:2])
     after, black = correct_binned(before, background, method, sky, image.dtype)
     panel = 6 * np.array([width, height]) / max(width, height)
-    figure = Figure(figsize=(3 * max(panel[0], 2.5) + 1.5, max(panel[1], 2) + 0.8), layout='constrained')
+    grid = (3, 1) if width > 2.5 * height else (1, 3)
+    figure = Figure(figsize=np.maximum(panel, 2.5) * grid[::-1] + 1, layout='constrained')
     FigureCanvasAgg(figure)
     pictures = [np.broadcast_to(picture, (*picture.shape[:2], 3)).copy() for picture in (
         stretch_midtones(before), stretch_midtones(background, before), stretch_midtones(after))]
     pictures[2][black] = 0, 0.2, 1
-    panels, titles = figure.subplots(1, 3), ('before', 'background', f'after, the sky at {in_words(np.unique(sky))}')
+    level = in_words(sky[:1] if np.ptp(sky) == 0 else sky)
+    panels, titles = figure.subplots(*grid), ('before', 'background', f'after, the sky at {level}')
     for axes, picture, title in zip(panels, pictures, titles):
         axes.imshow(picture, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
         axes.set_title(title)
@@ -2649,7 +2783,10 @@ def draw_preview(file, kind, image, points, misfits, model, method, sky, radius)
     if np.ptp(level) > 1e-9 * np.abs(level).max() and min(level.shape) > 1:
         y, x = (factor * (np.arange(n) + 0.5) - 0.5 for n in level.shape)
         lines = panels[1].contour(x, y, level, 8, colors='white', linewidths=0.7)
-        panels[1].clabel(lines, fontsize=7, fmt=lambda value: in_words([value]))
+        middle = np.array([width, height]) / 2
+        places = [min(path.vertices, key=lambda place: np.hypot(*(place - middle))) for path in lines.get_paths()
+                  if len(path.vertices)]  # away from the border, which would cut the numbers
+        panels[1].clabel(lines, fontsize=7, fmt=lambda value: in_words([value]), manual=places)
     figure.savefig(file, format=kind, dpi=130)
 
 
@@ -2686,6 +2823,8 @@ class Editor:
         for axes in (self.left, self.right):
             axes.set_axis_off()  # text takes longest to draw
         canvas = self.figure.canvas
+        if canvas.manager:
+            canvas.manager.set_window_title(f'rmgradient: {title}')
         if handler := getattr(canvas.manager, 'key_press_handler_id', None):
             canvas.mpl_disconnect(handler)  # its keys are ours; the toolbar's buttons stay
         for event, react in (('button_press_event', self._press), ('motion_notify_event', self._drag),
@@ -2703,7 +2842,7 @@ class Editor:
 
     @staticmethod
     def _stretch(picture, like):
-        stretched = (255 * stretch_midtones(picture, like)).astype(np.uint8)  # drawn faster than floats
+        stretched = np.nan_to_num(255 * stretch_midtones(picture, like)).astype(np.uint8)  # drawn faster than floats
         return stretched if stretched.shape[2] == 3 else stretched[..., 0]
 
     def points(self):
@@ -2722,7 +2861,7 @@ class Editor:
                 self.misfits = [int(usable[i]) for i, _ in find_misfits(points, levels, noise, self.model.choice)]
         except RmgradientError as error:
             text = str(error)
-        reasons = dict.fromkeys(self.misfits, 'does not fit the others: on a star, a nebula or dust?') | self.unusable
+        reasons = dict.fromkeys(self.misfits, 'does not fit the others: not on empty sky?') | self.unusable
         self._draw(levels, list(reasons))
         if reasons:
             x, y = np.abs(self.pairs[max(reasons)]).astype(int)
@@ -2856,7 +2995,8 @@ class Editor:
         """Save the points that can be used."""
         name, self._saved = self._save(self.points()), self.pairs
         self.update()
-        self._status.set_text(f'{name} written\n{self.HELP}')
+        left_out = f', without {len(self.unusable)} that can not be used' if self.unusable else ''
+        self._status.set_text(f'{name} written{left_out}\n{self.HELP}')
 
     def _close(self):
         import matplotlib.pyplot as plt
@@ -2942,7 +3082,9 @@ def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', reference=None
 def process(options):
     """Do what the command line asks for; options are those of `build_parser`."""
     jobs = list_jobs(options)
-    inputs = [path for path in (*options.input, options.points_file, options.reference) if path and path != '-']
+    inputs = [path for path in (*options.input, options.reference) if path]
+    if options.points_file not in (None, '-', options.save_points):  # which may be replaced: it is read before
+        inputs.append(options.points_file)
     check_paths(inputs, [path for _, outputs in jobs for path in outputs.values()], options.overwrite)
     if options.preview and not importlib.util.find_spec('matplotlib'):
         raise RmgradientError(f"{options.preview}: needs matplotlib; run: pip install matplotlib")
@@ -3050,6 +3192,8 @@ def choose_toolkit():
                 return
     if named:
         raise RmgradientError(f'--edit can not use MPLBACKEND={named}; leave it out, or install what it needs')
+    if importlib.util.find_spec('_tkinter'):
+        raise RmgradientError(f'--edit can not open the display {os.environ.get("DISPLAY", "")}')
     raise RmgradientError('--edit needs a toolkit for windows; run: apt install python3-tk, or: pip install PySide6')
 
 
@@ -3069,9 +3213,15 @@ def edit_points(path, image, points, outputs, options):
     pairs = [] if points is None else parse_points_file(format_points(points))
     editor = Editor(image, pairs, options, os.path.basename(path), save)
     plt.show(block=True)
-    if editor.accepted and outputs.pop('save_points', None):
+    if not editor.accepted:
+        return None
+    if editor.unusable:
+        logger.warning('%s: %d points that can not be used are left out', path, len(editor.unusable))
+    if outputs.pop('save_points', None):
         editor.save()
-    return editor.points() if editor.accepted else None
+    if not outputs:
+        logger.info('%s: no picture is written without -o', path)
+    return editor.points()
 
 
 def fit_with_reference(path, image, points, options, starmap):
@@ -3100,19 +3250,25 @@ def read_points(options):
         return make_points(options.points)
     if options.points_file == '-':
         with about('standard input'):
-            with contextlib.suppress(AttributeError):  # closed, or no file
-                sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')
-            return make_points(parse_points_file(sys.stdin or []))
+            return make_points(parse_points_file(read_lines(sys.stdin.buffer if sys.stdin else io.BytesIO())))
     if options.points_file:
-        with about(options.points_file), open(options.points_file, encoding='utf-8-sig', errors='replace') as lines:
-            return make_points(parse_points_file(lines))
+        with about(options.points_file), open(options.points_file, 'rb') as file:
+            return make_points(parse_points_file(read_lines(file)))
     return None
+
+
+def read_lines(file):
+    """Return the lines of a binary file; one without an end has one here."""
+    data = file.read(MOST_POINTS * 200 + 1)
+    if len(data) > MOST_POINTS * 200:
+        raise RmgradientError(f'no file of points: it has more than {MOST_POINTS * 200} bytes')
+    return re.split('\r\n?|\n', data.decode('utf-8-sig', 'replace'))
 
 
 def points_file(path, points, image, options):
     """Return the bytes of a file of points in the format of -f."""
     height, width, _ = image.shape
-    lines = [f'# {os.path.basename(path)}, {width} x {height} pixels, sigma {options.sigma:g}',
+    lines = [f'# {printable(os.path.basename(path))}, {width} x {height} pixels, sigma {options.sigma:g}',
              *format_points(points)]
     return ('\n'.join(lines) + '\n').encode('utf-8', 'replace')
 
@@ -3138,7 +3294,10 @@ def write_pictures(path, outputs, files, image, model, sky, options, starmap):
         if 'background' in files:
             background = model.evaluate(start, stop, width)
             noise = dither_noise(start, stop, width, n_channels, stream=1) if options.dither else None
-            encoded['background'] = writers['background'].encode(to_dtype(background, image.dtype, noise))
+            background = to_dtype(background, image.dtype, noise)
+            if image.blank is not None:
+                background = keep_off(background, image.blank)
+            encoded['background'] = writers['background'].encode(background)
         return encoded, n_limited
 
     total = np.zeros(2, int)
@@ -3159,6 +3318,7 @@ def threads(progress):
 
     No more than two results a worker wait to be taken, so that memory is bounded. On the way out nothing is waited for.
     """
+    np.empty(N_WORKERS * 2**26, np.uint8)  # can it be had? Threads without memory hang as they start, and BLAS exits
     pool = concurrent.futures.ThreadPoolExecutor(N_WORKERS)
 
     def results(work, arguments):
@@ -3210,13 +3370,18 @@ def report_model(path, points, levels, noise, model):
     if not model.choice:
         return []
     choice = model.choice
-    logger.info('%s: model: %s and a multiquadric of shape %.0f pixels and smoothness %.2g; '
-                'points are predicted from the others to %s (root mean square)',
-                path, choice.trend, choice.epsilon, choice.smooth, in_words(np.sqrt((choice.errors**2).mean(axis=0))))
+    logger.info('%s: model: %s and a multiquadric of shape %.0f pixels and smoothness %.2g', path, choice.trend,
+                choice.epsilon, choice.smooth)
+    if len(points.x) > 4:  # fewer say nothing about each other
+        logger.info('%s: points are predicted from the others to %s (root mean square); the noise of their levels '
+                    'is %s', path, in_words(np.sqrt((choice.errors**2).mean(axis=0))),
+                    in_words(np.median(noise, axis=0)))
     misfits = find_misfits(points, levels, noise, choice)
     for i, error in misfits:
         hint = 'brighter than its neighbors suggest: on a star or nebula?' if error > 0 else (
             'darker than its neighbors suggest: on a dust cloud or border?')
+        if points.on_isoline[i]:
+            hint = 'off what its neighbors suggest: does the isoline run there?'
         rounded = in_words([float(f'{abs(error):.3g}')])
         logger.warning('%s: point (%d, %d) is %s %s', path, points.x[i], points.y[i], rounded, hint)
     return [i for i, _ in misfits]
@@ -3229,10 +3394,17 @@ def in_words(values):
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose messages hold nothing that is not printable."""
+
+    def error(self, message):
+        super().error(printable(message))
+
+
 def build_parser():
     """Return the parser of the command line."""
     description, start, rest = (__doc__ or '').rstrip().partition('The exit status')  # python -OO has no docstrings
-    parser = argparse.ArgumentParser(prog='rmgradient', description=description, epilog=start + rest, add_help=False,
+    parser = Parser(prog='rmgradient', description=description, epilog=start + rest, add_help=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     files = parser.add_argument_group('input and output')
     files.add_argument('-i', '--input', metavar='FILE', nargs='+', required=True,
@@ -3343,10 +3515,15 @@ def main(argv=None):
     """Run the command line, `sys.argv` by default, and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    if not (options.edit or any(getattr(options, kind) for kind in OUTPUTS)):
+    if not (options.edit or any(getattr(options, kind) is not None for kind in OUTPUTS)):
         parser.error('nothing to write: give -o/--output, or --save-points, --preview or -b/--background')
+    for name in ('output', 'background', 'save_points', 'preview', 'points_file', 'reference'):
+        if getattr(options, name) == '' or name == 'output' and '' in options.input:
+            parser.error('the name of a file is empty')
     if options.points is None and options.points_file is None and options.auto is None and not options.edit:
         parser.error('one of the arguments -p/--points, -f/--points-file, -a/--auto and --edit is required')
+    if options.reference is not None and options.edit:
+        parser.error('--edit shows the picture without --reference: use one of them')
     if options.reference is not None and options.smooth != 'auto':
         parser.error('--reference needs --smooth auto')
     if options.points is not None:
@@ -3361,6 +3538,8 @@ def main(argv=None):
             return 0
         except Interrupted as interruption:
             return 128 + interruption.args[0]
+        except ImportError as error:  # of those that are loaded when they are needed
+            logger.error('%s', why_not_loaded(error))
         except (RmgradientError, OSError, MemoryError) as error:
             logger.error('%s', explain(error, options.input[0]))
         return 1
@@ -3402,7 +3581,7 @@ class _Handler(logging.StreamHandler):
 class _Formatter(logging.Formatter):
     def format(self, record):
         kind = '' if record.levelno == logging.INFO else f'{record.levelname.lower()}: '
-        return f'rmgradient: {kind}{" ".join(record.getMessage().splitlines())}'
+        return f'rmgradient: {kind}{printable(record.getMessage())}'
 
 
 def run():

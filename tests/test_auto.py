@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Points that are chosen, points that are saved, and the preview."""
+import contextlib
 import re
 import sys
 
@@ -384,13 +385,23 @@ def test_points_alone_need_no_output(big):
     assert 'nothing to write: give -o/--output' in big.capsys.readouterr().err
 
 
+def test_damaged_numbers_are_no_traceback():
+    """Bytes that are off by one make floats of any size, in channels that depend on each other."""
+    y, x = np.mgrid[:80, :100]
+    sky = np.stack([np.random.default_rng(i).normal(0, 10, x.shape) + 1000 + 10 * x for i in range(3)], axis=2)
+    shifted = np.frombuffer(sky.astype('>f4').tobytes()[1:] + b'\0', '>f4').reshape(sky.shape).astype(np.float32)
+    with contextlib.suppress(rg.RmgradientError):
+        rg.choose_points(shifted, 5, 1.0)
+
+
 def test_auto_options_and_errors(cli):
     cli.fails('-b', 'bg.tif', match='sky.tif: ', points=['-a'])
     for value in ('2', '31', 'x'):
         cli.fails(status=2, match='is not a whole number from 3 to 30', points=['-a', value])
     cli.fails('--save-points', 'out.tif', match='is the same file as out.tif')
     (cli.folder / 'points').write_text('30 30\n40 40\n50 50\n')
-    cli.fails('--save-points', 'points', '--overwrite', match='is the input points', points=['-f', 'points'])
+    cli.fails('--save-points', 'points', match='points: exists', points=['-f', 'points'])
+    assert cli('--save-points', 'points', '--overwrite', points=['-f', 'points']) == 0  # edited in place
 
 
 def test_preview_shows_three_panels(big):

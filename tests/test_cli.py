@@ -115,7 +115,7 @@ def test_same_command_same_bytes(cli, monkeypatch):
 def test_points_from_option_file_and_standard_input_are_the_same(cli, monkeypatch):
     text = '# sky\n30 30 a comment\n60 40\n-0 -5\n90 60\n40 60\n'
     (cli.folder / 'points').write_text('\ufeff' + text, encoding='utf-8')  # as Windows' editors begin a file
-    monkeypatch.setattr('sys.stdin', io.StringIO(text))
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(text.encode())))
     outputs = []
     for points in (['-f', 'points'], ['-f', '-'], ['-p', *'30 30 60 40 -0 -5 90 60 40 60'.split()]):
         assert cli('--overwrite', points=points) == 0
@@ -210,9 +210,10 @@ def test_remarks_and_quiet(cli):
     assert cli() == 0
     lines = cli.stderr.splitlines()
     assert re.fullmatch(r'rmgradient: sky.tif: model: (mean|plane) and a multiquadric of shape \d+ pixels and '
-                        r'smoothness [\d.e-]+; '
-                        r'points are predicted from the others to \S+, \S+, \S+ \(root mean square\)', lines[0])
-    assert lines[1].startswith('rmgradient: out.tif: written; the sky is level at ')
+                        r'smoothness [\d.e-]+', lines[0])
+    assert re.fullmatch(r'rmgradient: sky.tif: points are predicted from the others to \S+, \S+, \S+ \(root mean '
+                        r'square\); the noise of their levels is \S+, \S+, \S+', lines[1])
+    assert lines[2].startswith('rmgradient: out.tif: written; the sky is level at ')
     assert cli('-q', '--overwrite') == 0
     assert cli.stderr == ''
 

@@ -300,7 +300,10 @@ def test_without_display_or_toolkit(cli, monkeypatch):
     cli.fails('--edit', points=[], match='--edit can not use MPLBACKEND=Agg')
     monkeypatch.delenv('MPLBACKEND')
     monkeypatch.setenv('DISPLAY', ':98765')
+    monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: name != '_tkinter' or None)
     cli.fails('--edit', points=[], match='--edit needs a toolkit for windows; run: apt install python3-tk, or: pip')
+    monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: True)
+    cli.fails('--edit', points=[], match='--edit can not open the display :98765')
     monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: None)
     cli.fails('--edit', points=[], match="--edit needs matplotlib; run: pip install matplotlib")
 
@@ -333,6 +336,28 @@ def test_result_is_that_of_the_saved_points(scripted):
     assert cli('-o', 'again.tif', points=['-f', 'points']) == 0
     assert (cli.folder / 'again.tif').read_bytes() == (cli.folder / 'out.tif').read_bytes()
     assert cli.files() == ['again.tif', 'out.tif', 'points', 'sky.tif']
+
+
+def test_points_file_edited_in_place(scripted):
+    (scripted.cli.folder / 'mine').write_text('\n'.join(f'{x} {y}' for x, y in PLACES))
+
+    def user(hand):
+        hand.click(200, 300)
+        hand.click(5, 200)  # too close to the border
+        hand.press('enter')
+    assert scripted(user, '--save-points', 'mine', '--overwrite', points=['-f', 'mine']) == 0
+    assert '1 points that can not be used are left out' in scripted.cli.stderr
+    assert len(rg.parse_points_file((scripted.cli.folder / 'mine').read_text().splitlines())) == 8
+    scripted.cli.fails('--edit', '--reference', 'sky.tif', points=[], status=2, match='use one of them')
+
+
+def test_nan_is_shown_without_a_word(sky):
+    matplotlib.use('Agg')
+    holey = sky.astype(np.float32)
+    holey[:, :30] = np.nan
+    editor = rg.Editor(holey, PLACES, argparse.Namespace(**SETTINGS), 'sky', None)
+    assert (editor._images[0].get_array()[:, :30] == 0).all()
+    plt.close('all')
 
 
 def test_escape_writes_nothing_but_what_was_saved(scripted):
@@ -372,7 +397,7 @@ def test_real_window(cli, sky):
             return done.stdout.split()
 
         for _ in range(100):
-            if window := xdotool('search', '--onlyvisible', '--name', 'Figure'):
+            if window := xdotool('search', '--onlyvisible', '--name', 'rmgradient'):
                 break
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.2)
