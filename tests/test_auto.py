@@ -260,7 +260,7 @@ def test_surfaces_are_least_squares():
     residuals, covariance, distances = rg.Surfaces(terms, levels, weights).fit(sets)
     for i, kept in enumerate(sets > 0):
         root = np.sqrt(weights[kept])[:, None]
-        expected = levels - terms @ np.linalg.lstsq(root * terms[kept], root * levels[kept])[0]
+        expected = levels - terms @ np.linalg.lstsq(root * terms[kept], root * levels[kept], rcond=None)[0]
         # The ridge that keeps sets without all of the terms solvable.
         assert_allclose(residuals[i], expected, rtol=0, atol=1e-6)
         scatter = expected[kept].T @ expected[kept] / (kept.sum() - 6) + 0.25 * np.eye(2)

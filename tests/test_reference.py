@@ -218,7 +218,7 @@ def test_session_gets_one_background(two):
         """Return the RMS of what is neither the field nor the gradient of the best frame, blurred, in counts."""
         terms = np.stack([np.ones(X.size), gaussian_filter(field()[..., 0], 6).ravel(), U.ravel()], axis=1)[::7]
         values = gaussian_filter(stack[..., 0], 6).ravel()[::7]
-        return (values - terms @ np.linalg.lstsq(terms, values)[0]).std()
+        return (values - terms @ np.linalg.lstsq(terms, values, rcond=None)[0]).std()
 
     corrected = np.mean([tifffile.imread(f'out/{i}.tif').astype(float) for i in range(6)], axis=0)
     assert gradient_left(np.mean(frames, axis=0)) > 100
