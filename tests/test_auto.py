@@ -385,6 +385,20 @@ def test_points_alone_need_no_output(big):
     assert 'nothing to write: give -o/--output' in big.capsys.readouterr().err
 
 
+def test_filled_windows_and_pixels_that_are_no_numbers_are_avoided():
+    rng = np.random.default_rng(5)
+    sky = rng.normal(1000, 10, (300, 400, 1))
+    sky[90:210, 130:290] = 1000  # filled in by a program: the quietest windows of all
+    places = rg.find_quiet_places(sky, 15, 4.0)
+    assert len(places) > 80
+    assert not ((places > [142, 102]) & (places < [278, 198])).all(axis=1).any()
+    sky = rng.normal(1000, 10, (300, 400, 1)).astype(np.float32)
+    sky[rng.random(sky.shape) < 0.0005] = np.nan
+    places = rg.find_quiet_places(sky, 15, 4.0)
+    assert len(places) > 40
+    rg.measure_levels(sky, rg.make_points(places), 4.0)  # none is refused
+
+
 def test_damaged_numbers_are_no_traceback():
     """Bytes that are off by one make floats of any size, in channels that depend on each other."""
     y, x = np.mgrid[:80, :100]

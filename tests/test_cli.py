@@ -376,6 +376,15 @@ def test_commands_for_many_pictures(cli, tool):
     assert len(set(outputs)) == 1
 
 
+def test_picture_and_background_are_dithered_by_different_noise(cli):
+    assert cli('--dither', '-b', 'bg.tif') == 0
+    points = rg.make_points(cli.points)
+    model = rg.fit_background(points, rg.measure_levels(cli.sky, points)[0])
+    background, noise = (model.evaluate(0, 90, 120), rg.dither_noise(0, 90, 120, 3, stream=1))
+    off = tifffile.imread('bg.tif') - np.rint(background + noise)
+    assert (off == 0).mean() > 0.999  # rounding of ties apart
+
+
 def test_dithered_output_is_the_same_at_every_run(cli, monkeypatch):
     results = set()
     for workers, rows in [(1, 100), (3, 7), (2, 1)]:

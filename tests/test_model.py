@@ -257,6 +257,24 @@ def test_good_points_give_no_warning_and_bad_ones_do():
     assert len(misfits([*good, (103, 98), (center_x, center_y)])) == 2
 
 
+def test_steep_glows_are_no_misfits():
+    """Where a glow is steep, points are hard to predict, and so are their neighbors, which acquit them."""
+    rng, n_sets, n_found = np.random.default_rng(11), 0, 0
+    for _ in range(60):
+        places = np.unique(np.stack([rng.integers(25, 875, 40), rng.integers(25, 575, 40)], axis=1), axis=0)
+        x, y = places.T
+        glow = 1000 + 3000 * np.exp(-((x - rng.uniform(0, 900)) ** 2 + (y - rng.uniform(0, 600)) ** 2) / 2 /
+                                    rng.uniform(60, 200) ** 2)
+        points, noise = rg.make_points(places), np.full((len(x), 3), 3.0)
+        levels = glow[:, None] * [1, 0.9, 0.8] + rng.normal(0, noise)
+        n_sets += bool(rg.find_misfits(points, levels, noise, rg.fit_background(points, levels).choice))
+        levels[20] += 1500
+        misfits = rg.find_misfits(points, levels, noise, rg.fit_background(points, levels).choice)
+        n_found += 20 in [i for i, _ in misfits]
+    assert n_sets <= 18  # 34 without that
+    assert n_found >= 40
+
+
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 
 def assert_evaluates(model, levels, height, width, rows):
