@@ -53,6 +53,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import difflib
 import errno
 import functools
 import importlib.util
@@ -96,6 +97,7 @@ ROWS = 100  # rows read, corrected and written together
 AUTO = 15  # points along the longer side
 SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the distance between points
 SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
+LEAST_SPAN = 0.15  # of the picture's area, were the points spread evenly; with less, most is extrapolated
 MISFIT = 6.0  # a point is worth a warning if it is off by this many standard deviations
 LEAST_PLACES = 8  # that a model is chosen from
 MOST_POINTS = 5000  # that a model is fitted to
@@ -142,11 +144,14 @@ class Points(NamedTuple):
         Column and row; the top left pixel is (0, 0).
     leader : (n_points,) int ndarray
         Index of the point whose level each takes: its own, or, on an isoline, that of the isoline's first point.
+    sources : tuple of str
+        Where each was read, for messages; empty if that is not known.
     """
 
     x: np.ndarray
     y: np.ndarray
     leader: np.ndarray
+    sources: tuple = ()
 
     @property
     def on_isoline(self):
@@ -161,29 +166,51 @@ class Points(NamedTuple):
     def subset(self, kept):
         """Return some of the points, (n_points,) bool; on an isoline the first of those kept is the leader."""
         _, first, group = np.unique(self.leader[kept], return_index=True, return_inverse=True)
-        return Points(self.x[kept], self.y[kept], first[group])
+        return Points(self.x[kept], self.y[kept], first[group], tuple(itertools.compress(self.sources, kept)))
+
+    def describe(self, indices):
+        """Return some of the points in words: the first five, and how many more."""
+        sources = self.sources or [''] * len(self.x)
+        some = [f'({self.x[i]}, {self.y[i]})' + (f' in {sources[i]}' if sources[i] else '') for i in indices[:5]]
+        more = f' and {len(indices) - 5} more' if len(indices) > 5 else ''
+        return f'{"points" if len(indices) > 1 else "point"} {", ".join(some)}{more}'
+
+    def pairs(self):
+        """Return (n_points, 2) coordinates, negative (-0.0, too) on isolines: what `make_points` takes."""
+        return np.copysign(self.centers, np.where(self.on_isoline, -1.0, 1.0)[:, None])
 
 
 def parse_coordinates(words):
-    """Turn text of whole numbers into pairs; -0 keeps its sign, as the floating point number that it becomes."""
-    for word in words:
-        if not re.fullmatch(r'[+-]?[0-9]{1,9}', word, re.ASCII):
-            raise RmgradientError(f'coordinate {word!r} is not a whole number')
-    if len(words) % 2:
-        raise RmgradientError(f'{len(words)} coordinates are not pairs: the last one, {words[-1]}, has no partner')
-    return np.array([float(word) for word in words]).reshape(-1, 2)
+    """Turn words into pairs of coordinates, (n_points, 2).
+
+    Commas, semicolons and brackets may stand between numbers; decimals are rounded. -0 keeps its sign.
+    """
+    numbers = []
+    for word in re.split(r'[\s,;()\[\]{}]+', ' '.join(words).strip(' ,;()[]{}')) if words else []:
+        if not re.fullmatch(r'[+-]?[0-9]{1,9}(\.[0-9]*)?', word, re.ASCII):
+            raise RmgradientError(f'coordinate {word!r} is not a number of pixels')
+        numbers.append(math.copysign(round(abs(float(word))), -1 if word[0] == '-' else 1))
+    if len(numbers) % 2:
+        raise RmgradientError(f'{len(numbers)} coordinates are not pairs: the last one, {numbers[-1]:.0f}, has no '
+                              'partner')
+    return np.array(numbers).reshape(-1, 2)
 
 
 def parse_points_file(lines):
-    """Turn lines into pairs: one pair a line, anything after the pair is a comment, and so is all after a #."""
+    """Turn lines into pairs, and return the numbers of their lines, too.
+
+    One pair a line, or one number a line in all of them. Anything after the pair is a comment, and so is all after a #.
+    """
+    words = [re.split(r'[\s,;()\[\]{}]+', line.split('#')[0].strip(' \t\r\n,;()[]{}'))[:2] for line in lines]
+    words = [(i, line) for i, line in enumerate(words, 1) if line[0]]
+    if words and all(len(line) == 1 for _, line in words):
+        words = [(i, [*one, *other]) for (i, one), (_, other) in itertools.zip_longest(
+            words[::2], words[1::2], fillvalue=(0, []))]
     pairs = []
-    for number, line in enumerate(lines, 1):
-        words = line.split('#')[0].split()[:2]
-        try:
-            pairs.extend(parse_coordinates(words))
-        except RmgradientError as error:
-            raise RmgradientError(f'line {number}: {error}') from None
-    return np.array(pairs).reshape(-1, 2)
+    for i, line in words:
+        with about(f'line {i}'):
+            pairs.extend(parse_coordinates(line))
+    return np.array(pairs).reshape(-1, 2), [i for i, _ in words]
 
 
 def format_points(points):
@@ -191,7 +218,7 @@ def format_points(points):
     return [f'{"-" if on_isoline else ""}{x} {y}' for x, y, on_isoline in zip(points.x, points.y, points.on_isoline)]
 
 
-def make_points(pairs):
+def make_points(pairs, sources=()):
     """Sort out which points are measured and which are on an isoline.
 
     Parameters
@@ -199,6 +226,8 @@ def make_points(pairs):
     pairs : (n_points, 2) array_like
         Coordinates x, y in pixels. A sign bit on either (-0.0 counts) puts the point on the isoline of the last
         point without one.
+    sources : sequence of str, optional
+        Where each was read, for messages.
 
     Returns
     -------
@@ -227,14 +256,15 @@ def make_points(pairs):
     index = np.arange(len(pairs))
     leader = np.maximum.accumulate(np.where(on_isoline, 0, index))
     x, y = np.abs(pairs).astype(int).T
-    first = {}
+    points, seen = Points(x, y, leader, tuple(sources)), {}
     for i, place in enumerate(zip(x.tolist(), y.tolist())):
-        if place in first:
-            raise RmgradientError(f'point {i + 1} repeats point {first[place] + 1}, {place}: remove one of them')
-        first[place] = i
-    if len(first) < 3:
-        raise RmgradientError(f'too few points, {len(first)}; give at least three')
-    return Points(x, y, leader)
+        if place in seen:
+            raise RmgradientError(f'{points.describe([i])}, number {i + 1}, repeats number {seen[place] + 1}: '
+                                  'remove one of them')
+        seen[place] = i
+    if len(seen) < 3:
+        raise RmgradientError(f'too few points, {len(seen)}; give at least three')
+    return points
 
 
 # What can be done to pairs, (n_points, 2), a minus sign on those on the isoline of the last one without.
@@ -268,11 +298,18 @@ def nearest_pair(pairs, x, y, reach):
 
 def check_points(points, height, width, radius):
     """Raise RmgradientError unless all points are inside, and the measured ones `radius` pixels from every border."""
-    for x, y, on_isoline in zip(points.x, points.y, points.on_isoline):
-        if not (x < width and y < height):
-            raise RmgradientError(f'point ({x}, {y}) is outside of the picture, {width} x {height} pixels')
-        if not on_isoline and not (radius <= x < width - radius and radius <= y < height - radius):
-            raise RmgradientError(f'point ({x}, {y}) is within {radius} pixels of the border; lower --sigma or move it')
+    x, y = points.x, points.y
+    outside = np.flatnonzero((x >= width) | (y >= height))
+    if len(outside):
+        swapped = ': are x and y swapped?' if (x < height).all() and (y < width).all() else ''
+        raise RmgradientError(f'{points.describe(outside)} {"is" if len(outside) == 1 else "are"} outside of the '
+                              f'picture, {width} x {height} pixels{swapped}')
+    from_border = np.minimum(np.minimum(x, width - 1 - x), np.minimum(y, height - 1 - y))
+    near = np.flatnonzero((from_border < radius) & ~points.on_isoline)
+    if len(near):
+        one = len(near) == 1
+        raise RmgradientError(f'{points.describe(near)} {"is" if one else "are"} within {radius} pixels of the border; '
+                              f'use a smaller sigma or move {"it" if one else "them"}')
 
 
 # ---- Levels ---------------------------------------------------------------------------------------------------------
@@ -291,7 +328,7 @@ def measure_levels(image, points, sigma=SIGMA):
 
     Parameters
     ----------
-    image : (height, width, n_channels) ndarray, or anything with that shape that gives ndarrays of rows and columns
+    image : (height, width, n_channels) or (height, width) ndarray, or a Picture
         Only the windows around the points are read, from top to bottom.
     points : Points
         One on an isoline takes the level of its leader.
@@ -311,6 +348,7 @@ def measure_levels(image, points, sigma=SIGMA):
         If a measured point is too close to the border, a point is outside, or its surroundings are not all finite, or
         partly without data, see `no_data`.
     """
+    image = with_channels(image)
     height, width, n_channels = image.shape
     kernel = blur_kernel(sigma)
     radius = len(kernel) // 2
@@ -323,11 +361,11 @@ def measure_levels(image, points, sigma=SIGMA):
             levels[i], noise[i], has_empty = _blur(image, y - radius, x - radius, kernel)
         if has_empty and any(no_data(image[row:row + 1, 0:width])[0, x - radius:x + radius + 1].any()
                              for row in range(y - radius, y + radius + 1)):
-            raise RmgradientError(f'point ({x}, {y}) has pixels without data within {radius} pixels, as beside the '
-                                  'frame of a stack; move it or lower --sigma')
+            raise RmgradientError(f'{points.describe([i])} has pixels without data within {radius} pixels, as beside '
+                                  'the frame of a stack; move it or use a smaller sigma')
         if not np.isfinite(levels[i]).all():
-            raise RmgradientError(f'point ({x}, {y}) has NaN or infinite pixels within {radius} pixels; '
-                                  'move it or lower --sigma')
+            raise RmgradientError(f'{points.describe([i])} has NaN or infinite pixels within {radius} pixels; '
+                                  'move it or use a smaller sigma')
     largest = np.abs(levels[points.leader]).max()
     if not 1e-140 < largest < 1e140 and largest > 0:  # squares of others are no numbers
         raise RmgradientError(f'levels up to {largest:.3g} are not from 1e-140 to 1e140; multiply the picture by a '
@@ -383,6 +421,11 @@ def no_data(rows):
 def is_empty(rows):
     """Tell where pixels are 0 or not finite in all channels."""
     return (rows == 0 if rows.dtype.kind in 'ui' else (rows == 0) | ~np.isfinite(rows)).all(axis=2)
+
+
+def with_channels(image):
+    """Return a gray (height, width) array as (height, width, 1), and anything else as it is."""
+    return image[..., None] if isinstance(image, np.ndarray) and image.ndim == 2 else image
 
 
 def row_groups(height, rows=ROWS):
@@ -454,7 +497,7 @@ class Choice(NamedTuple):
     precision: np.ndarray  # (n_points, n_points): inverse of -kernel + smooth at right angles to the trend
     leader: np.ndarray  # (n_points,): equal for points that share a level
     errors: np.ndarray  # (n_points, n_channels): see `left_out_errors`
-    spread: np.ndarray
+    standardized: np.ndarray
 
 
 def choose_model(centers, levels, leader):
@@ -575,8 +618,9 @@ def _solve(centers, levels, leader, distances, spacing, trend, terms, residuals,
     if trend == 'plane':
         slope = np.linalg.pinv(centers - middle, rcond=0.01) @ trend_levels
     plane = np.vstack([trend_levels.mean(axis=0) - middle @ slope, slope])
-    return Choice(trend, float(epsilon), float(smooth), plane, weights, precision, leader,
-                  *left_out_errors(weights, precision, leader))
+    errors, standardized = left_out_errors(weights, precision, leader)
+    return Choice(trend=trend, epsilon=float(epsilon), smooth=float(smooth), plane=plane, weights=weights,
+                  precision=precision, leader=leader, errors=errors, standardized=standardized)
 
 
 def left_out_errors(weights, precision, leader):
@@ -589,7 +633,7 @@ def left_out_errors(weights, precision, leader):
 
     Returns
     -------
-    errors, spread : (n_points, n_channels) ndarrays
+    errors, standardized : (n_points, n_channels) ndarrays
         In data units, and in units of the standard deviation that the model expects, up to a common factor.
 
     Notes
@@ -618,83 +662,11 @@ def leave_out(choice, out):
     """
     across = choice.precision[np.ix_(~out, out)]
     share = across @ np.linalg.pinv(choice.precision[np.ix_(out, out)], hermitian=True)
-    rest = choice.weights[~out] - share @ choice.weights[out], choice.precision[np.ix_(~out, ~out)] - share @ across.T
-    return Choice(*choice[:3], None, *rest, choice.leader[~out], *left_out_errors(*rest, choice.leader[~out]))
-
-
-def find_misfits(points, levels, noise, choice):
-    """Find points whose level stands out from what the others predict.
-
-    Parameters
-    ----------
-    points : Points
-    levels, noise : (n_points, n_channels) ndarrays
-        Levels and their standard errors, in data units.
-    choice : Choice
-        Of the model through all of these points.
-
-    Returns
-    -------
-    list of (int, float)
-        Index of the point and its error in the channel that stands out most, in data units, positive if too bright;
-        the worst first.
-
-    Notes
-    -----
-    A bad point spoils the prediction of its neighbors and the choice of the model. So when the worst are found, the
-    model is chosen anew without them, and the others are judged by that, until none stands out.
-    """
-    left, misfits = np.arange(len(levels)), []
-    while found := _find_worst(choice, points.centers[left], noise[left]):
-        misfits += [(left[i], error) for i, error in found]
-        left = left[~np.isin(points.leader[left], points.leader[[i for i, _ in misfits]])]
-        if len(left) < 4:
-            break
-        choice = choose_model(points.centers[left], levels[left], points.leader[left])
-    return misfits
-
-
-def _find_worst(choice, centers, noise):
-    """Return index and error of the points that stand out most, at least half as far as the worst.
-
-    An error stands out if it is more than `MISFIT` times the typical one, the same of its eight nearest neighbors, and
-    the typical noise. The neighbors are asked because where a glow is steep all points are hard to predict.
-    """
-    noise = np.median(noise, axis=0)
-    left, found, acquitted, least = np.arange(len(centers)), [], [], MISFIT
-    while len(left) > 3:
-        height = np.abs(standing_out(choice.errors, choice.spread, robust_std(choice.spread), noise))
-        height[np.isin(left, acquitted)] = 0
-        worst, channel = np.unravel_index(height.argmax(), height.shape)
-        if height[worst, channel] <= least:
-            break
-        out = choice.leader == choice.leader[worst]
-        rest = leave_out(choice, out)
-        near = np.argsort(distances_between(centers[left[~out]], centers[left[[worst]]])[:, 0])[:8]
-        if np.abs(choice.spread[worst, channel]) <= MISFIT * robust_std(rest.spread[near])[channel]:
-            acquitted.append(left[worst])
-            continue
-        least = max(least, height[worst, channel] / 2)
-        found.append((left[worst], choice.errors[worst, channel]))
-        choice, left = rest, left[~out]
-    return found
-
-
-@np.errstate(over='ignore')  # beside errors of zero, others are infinitely large
-def standing_out(errors, spread, usual, noise):
-    """Return how many times the usual spread of its channel each error is, or 0 where noise explains it.
-
-    Errors and their spread as in `left_out_errors`, (n_points, n_channels); usual spread and noise, (n_channels,).
-    """
-    return np.where(np.abs(errors) > MISFIT * noise, spread / usual, 0)
-
-
-def robust_std(errors):
-    """Return a standard deviation of each channel that a few large errors do not disturb.
-
-    1.4826 times the median of the absolute values, which is the standard deviation if they are normal.
-    """
-    return 1.4826 * np.median(np.abs(errors), axis=0) + np.finfo(float).tiny
+    weights, leader = choice.weights[~out] - share @ choice.weights[out], choice.leader[~out]
+    precision = choice.precision[np.ix_(~out, ~out)] - share @ across.T
+    errors, standardized = left_out_errors(weights, precision, leader)
+    return choice._replace(plane=None, weights=weights, precision=precision, leader=leader, errors=errors,
+                           standardized=standardized)
 
 
 # ---- Model ----------------------------------------------------------------------------------------------------------
@@ -865,9 +837,11 @@ def fit_background(points, levels, smooth='auto'):
     Raises
     ------
     RmgradientError
-        If the smoothness makes the equations singular.
+        If the smoothness is no number from 0 on, or makes the equations singular.
     """
     if smooth != 'auto':
+        if not (isinstance(smooth, numbers.Real) and 0 <= smooth < math.inf):
+            raise RmgradientError(f"smoothness {smooth!r} is neither a number from 0 on nor 'auto'")
         return _fit_classic(points.centers, levels, smooth)
     choice = choose_model(points.centers, levels, points.leader)
     return BackgroundModel(points.centers, choice.weights, choice.epsilon, choice.plane, choice)
@@ -884,8 +858,86 @@ def _fit_classic(centers, levels, smooth):
         except np.linalg.LinAlgError:
             off = math.inf
     if not off <= 1e-6 * np.abs(levels).max():
-        raise RmgradientError(f'--smooth {smooth} makes the equations of these points singular; choose another')
+        raise RmgradientError(f'smoothness {smooth} makes the equations of these points singular; choose another')
     return BackgroundModel(centers, rbf.nodes, rbf.epsilon, np.zeros((3, levels.shape[1])))
+
+
+# ---- Misfits --------------------------------------------------------------------------------------------------------
+
+def find_misfits(points, levels, noise, choice):
+    """Find points whose level stands out from what the others predict.
+
+    Parameters
+    ----------
+    points : Points
+    levels, noise : (n_points, n_channels) ndarrays
+        Levels and their standard errors, in data units.
+    choice : Choice
+        Of the model through all of these points.
+
+    Returns
+    -------
+    list of (int, float)
+        Index of the point and its error in the channel that stands out most, in data units, positive if too bright;
+        the worst first.
+
+    Notes
+    -----
+    A bad point spoils the prediction of its neighbors and the choice of the model. So when the worst are found, the
+    model is chosen anew without them, and the others are judged by that, until none stands out.
+    """
+    rest, misfits = np.arange(len(levels)), []
+    while found := _find_worst(choice, points.centers[rest], noise[rest]):
+        misfits += [(rest[i], error) for i, error in found]
+        rest = rest[~np.isin(points.leader[rest], points.leader[[i for i, _ in misfits]])]
+        if len(rest) < 4:
+            break
+        choice = choose_model(points.centers[rest], levels[rest], points.leader[rest])
+    return misfits
+
+
+def _find_worst(choice, centers, noise):
+    """Return index and error of the points that stand out most, at least half as far as the worst.
+
+    An error stands out if it is more than `MISFIT` times the typical one, the same of its eight nearest neighbors, and
+    the typical noise. The neighbors are asked because where a glow is steep all points are hard to predict.
+    """
+    noise = np.median(noise, axis=0)
+    rest, found, acquitted, least = np.arange(len(centers)), [], [], MISFIT
+    while len(rest) > 3:
+        significant = np.abs(significance(choice.errors, choice.standardized, robust_std(choice.standardized), noise))
+        significant[np.isin(rest, acquitted)] = 0
+        worst, channel = np.unravel_index(significant.argmax(), significant.shape)
+        if significant[worst, channel] <= least:
+            break
+        out = choice.leader == choice.leader[worst]
+        others = leave_out(choice, out)
+        near = np.argsort(distances_between(centers[rest[~out]], centers[rest[[worst]]])[:, 0])[:8]
+        usual = robust_std(others.standardized[near])[channel]
+        if np.abs(choice.standardized[worst, channel]) <= MISFIT * usual:
+            acquitted.append(rest[worst])
+            continue
+        least = max(least, significant[worst, channel] / 2)
+        found.append((rest[worst], choice.errors[worst, channel]))
+        choice, rest = others, rest[~out]
+    return found
+
+
+@np.errstate(over='ignore')  # beside errors of zero, others are infinitely large
+def significance(errors, standardized, usual, noise):
+    """Return how many times the usual of its channel each standardized error is, or 0 where noise explains it.
+
+    Errors and standardized ones as in `left_out_errors`, (n_points, n_channels); the usual and noise, (n_channels,).
+    """
+    return np.where(np.abs(errors) > MISFIT * noise, standardized / usual, 0)
+
+
+def robust_std(errors):
+    """Return a standard deviation of each channel that a few large errors do not disturb.
+
+    1.4826 times the median of the absolute values, which is the standard deviation if they are normal.
+    """
+    return 1.4826 * np.median(np.abs(errors), axis=0) + np.finfo(float).tiny
 
 
 # ---- Reference ------------------------------------------------------------------------------------------------------
@@ -903,7 +955,7 @@ class Beside(NamedTuple):
     kept: np.ndarray  # (n_points,): points that fit the reference
     scale: np.ndarray  # (n_channels,): of the reference's light in the picture
     error: np.ndarray  # (n_channels,): standard error of the scale
-    left: np.ndarray  # (n_channels,): standard deviation of what neither the reference nor the background explains
+    unexplained: np.ndarray  # (n_channels,): standard deviation of what neither reference nor background explains
 
 
 def fit_beside_reference(points, levels, reference):
@@ -939,16 +991,16 @@ def fit_beside_reference(points, levels, reference):
     kept = np.ones(len(levels), bool)
     for n_left in reversed(range(5)):
         some = points.subset(kept)
-        model, scale, error, left, correlation = _fit_scale(some, levels[kept], light[kept])
+        model, scale, error, unexplained, correlation = _fit_scale(some, levels[kept], light[kept])
         if correlation.max() < LEAST_CORRELATION:
             raise RmgradientError(f'details correlate with those of the picture by {in_words(correlation)} only; '
                                   'is it registered, and does it show the same field?')
-        spread = np.abs(model.choice.spread)
-        misfits = (spread > REFERENCE_MISFIT * robust_std(spread)).any(axis=1)
+        standardized = np.abs(model.choice.standardized)
+        misfits = (standardized > REFERENCE_MISFIT * robust_std(standardized)).any(axis=1)
         if not n_left or not misfits.any() or kept.sum() - misfits.sum() < LEAST_PLACES:
             break
         kept[kept] = ~misfits
-    return Beside(model, (levels - scale * light)[kept], kept, scale, error, left)
+    return Beside(model, (levels - scale * light)[kept], kept, scale, error, unexplained)
 
 
 def _fit_scale(points, levels, light):
@@ -1003,17 +1055,18 @@ def join_quiet_places(image, n, sigma, given, starmap=itertools.starmap):
         places = places[distances_between(places.astype(float), given.centers).min(axis=1) > 2 * sigma]
     n_given = len(given.x)
     if n_given + len(places) < LEAST_PLACES:
-        raise RmgradientError(f'too few places of empty sky, {len(places)}; lower --sigma or give points with -p')
-    return Points(*np.hstack([given, [*places.T, n_given + np.arange(len(places))]]))
+        raise RmgradientError(f'too few places of empty sky, {len(places)}; use a smaller sigma or give points')
+    sources = given.sources and (*given.sources, *[''] * len(places))
+    return Points(*np.hstack([given[:3], [*places.T, n_given + np.arange(len(places))]]), sources)
 
 
-@np.errstate(over='ignore')  # as in `standing_out`
+@np.errstate(over='ignore')  # as in `significance`
 def choose_points(image, n=AUTO, sigma=SIGMA, given=None, starmap=itertools.starmap):
     """Choose points of empty sky.
 
     Parameters
     ----------
-    image : (height, width, n_channels) ndarray, or anything like it, see `measure_levels`
+    image : (height, width, n_channels) or (height, width) ndarray, or a Picture
         Read once, in strips, beside the windows of the points.
     n : int
         Points along the longer side of the grid that one is chosen from each cell of.
@@ -1039,6 +1092,7 @@ def choose_points(image, n=AUTO, sigma=SIGMA, given=None, starmap=itertools.star
     come back. Where the places do not agree, or not with the certain points, sky grows from these instead, if there are
     enough. Then the adaptive model leaves out what stands out above it, and takes in the peaks of glows.
     """
+    image = with_channels(image)
     height, width, _ = image.shape
     points = join_quiet_places(image, n, sigma, given, starmap)
     n_given = 0 if given is None else len(given.x)
@@ -1226,12 +1280,12 @@ def grow_from_certain(sites):
     sky = sites.certain
     for _ in range(ROUNDS):
         choice = fit_sites(sky, sites)
-        usual, off, deviation = robust_std(choice.spread), np.zeros(len(sky)), np.zeros(len(sky))
-        off[sky] = np.abs(standing_out(choice.errors, choice.spread, usual, sites.noise)).max(axis=1)
+        usual, off, deviation = robust_std(choice.standardized), np.zeros(len(sky)), np.zeros(len(sky))
+        off[sky] = np.abs(significance(choice.errors, choice.standardized, usual, sites.noise)).max(axis=1)
         if not sky.all():
             errors, deviation[~sky] = predict_others(choice, sites.points.centers, sites.levels, sky)
-            spread = errors / deviation[~sky, None]
-            off[~sky] = np.abs(standing_out(errors, spread, usual, sites.noise)).max(axis=1)
+            standardized = errors / deviation[~sky, None]
+            off[~sky] = np.abs(significance(errors, standardized, usual, sites.noise)).max(axis=1)
             near = deviation <= np.quantile(deviation[~sky], 0.3)
         before, sky = sky, sites.certain | (off < AS_PREDICTED) & (sky | near)
         if (sky == before).all():
@@ -1275,7 +1329,7 @@ def follow_model(sky, sites):
         if sky.all():
             return sky
         errors, deviation = predict_others(choice, sites.points.centers, sites.levels, sky)
-        off = standing_out(errors, errors / deviation[:, None], robust_std(choice.spread), sites.noise)
+        off = significance(errors, errors / deviation[:, None], robust_std(choice.standardized), sites.noise)
         predicted = brightness[~sky] - (errors / np.maximum(sites.noise, np.finfo(float).tiny)).sum(axis=1)
         joins = np.zeros(len(sky), bool)
         joins[~sky] = (np.abs(off).max(axis=1) < JOINS) & (predicted > np.quantile(brightness[sky], 0.9))
@@ -1297,14 +1351,15 @@ def leave_faint_ends(sky, sites):
 def fit_sites(sky, sites):
     """Return the Choice of the adaptive model through some of the places."""
     if sky.sum() < (LEAST_GIVEN if sites.certain.sum() >= LEAST_GIVEN else LEAST_PLACES):
-        raise RmgradientError(f'too few places of empty sky, {sky.sum()}; give points with -p')
+        raise RmgradientError(f'too few places of empty sky, {sky.sum()}; give points')
     return choose_model(sites.points.centers[sky], sites.levels[sky], sites.points.leader[sky])
 
 
 def places_above(choice, sky, sites, limit, where=True):
     """Tell which places of some stand out most above the prediction from the others; certain ones never do."""
     excess = np.zeros(len(sky))
-    excess[sky] = standing_out(choice.errors, choice.spread, robust_std(choice.spread), sites.noise).max(axis=1)
+    usual = robust_std(choice.standardized)
+    excess[sky] = significance(choice.errors, choice.standardized, usual, sites.noise).max(axis=1)
     excess[sites.certain | ~np.broadcast_to(where, sky.shape)] = 0
     return excess > max(limit, 0.6 * excess.max())
 
@@ -1322,7 +1377,7 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
     if min(down, across) < 2:
         return np.empty((0, 2), int)
 
-    def survey(start, stop):
+    def surveying(start, stop):
         # Windows end with the first row and column of the tiles below and beside.
         below = min(stop + 1, height)
         rows = image[start:below, 0:width]
@@ -1344,7 +1399,7 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
                     for values in (rows.sum(axis=0), np.einsum('ij,ij->j', rows, rows))]
         return *sums, reached
 
-    tiles = list(starmap(survey, row_groups(down * tile, tile)))
+    tiles = list(starmap(surveying, row_groups(down * tile, tile)))
     total, squares, bad = (np.array(each, float) for each in zip(*tiles))
     total, squares, bad = (a[1:, 1:] + a[1:, :-1] + a[:-1, 1:] + a[:-1, :-1] for a in (total, squares, bad))
     with np.errstate(invalid='ignore', over='ignore'):
@@ -1469,18 +1524,18 @@ def find_darkest(model, height, width, rows=ROWS, starmap=itertools.starmap):
 
     Only those groups of rows are evaluated whose lower bound leaves the possibility that they hold it.
     """
-    def bound(start, stop):
+    def bounding(start, stop):
         return model.lower_bound(start, stop, width)
 
-    def lowest(start, stop):
+    def evaluating(start, stop):
         return np.min([block.min(axis=0).min(axis=0) for _, _, block in model.blocks(start, stop, width)], axis=0)
 
     groups = row_groups(height, rows)
-    bounds = np.array(list(starmap(bound, groups)))
+    bounds = np.array(list(starmap(bounding, groups)))
     first = np.unique(bounds.argmin(axis=0))
-    found = np.min([lowest(*groups[i]) for i in first], axis=0)
+    found = np.min([evaluating(*groups[i]) for i in first], axis=0)
     rest = [groups[i] for i in np.flatnonzero((bounds < found).any(axis=1)) if i not in first]
-    return np.min([found, *starmap(lowest, rest)], axis=0)
+    return np.min([found, *starmap(evaluating, rest)], axis=0)
 
 
 def is_classic(model, sky):
@@ -2978,7 +3033,7 @@ class Editor:
             elif key == 'a':
                 given = self.points() if len(self.pairs) - len(self.unusable) >= 3 else None
                 chosen = choose_points(self.image, self.settings.auto or AUTO, self.settings.sigma, given).points
-                self._change(np.array(parse_points_file(format_points(chosen))))
+                self._change(chosen.pairs())
             elif key == 'v':
                 self._shows_result = not self._shows_result
             elif key == 's':
@@ -3044,9 +3099,16 @@ def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', reference=None
     RmgradientError
         If image, points and options don't go together; the message says why.
     """
+    for attribute, way in (('mask', 'image.filled(np.nan), or the data of a CCDData'), ('unit', 'the values alone')):
+        if getattr(image, attribute, None) is not None:
+            raise RmgradientError(f'an image with a {attribute} would lose it; pass {way}')
     image = np.asarray(image)
     if image.dtype.kind not in 'uif' or image.ndim not in (2, 3) or not image.size:
         raise RmgradientError(f'an array of {image.dtype} of shape {image.shape} is no picture')
+    if image.ndim == 3 and image.shape[0] <= 4 < image.shape[2]:
+        raise RmgradientError(f'an array of shape {image.shape} has its channels first; pass np.moveaxis(image, 0, -1)')
+    if not (isinstance(rows, numbers.Integral) and rows > 0):
+        raise RmgradientError(f'rows are {rows!r}, not a whole number above 0')
     if method not in ('subtract', 'stretch', 'divide'):
         raise RmgradientError(f"method {method!r} is none of 'subtract', 'stretch' and 'divide'")
     corrected = np.array(image, image.dtype.newbyteorder('=')).reshape(*image.shape[:2], -1)
@@ -3092,12 +3154,12 @@ def process(options):
         choose_toolkit()
     points = read_points(options)
     if len(jobs) == 1:
-        process_picture(*jobs[0], points, options, progress_bar('strip'))
+        process_picture(*jobs[0], points, options, True)
         return
     n_failed = 0
     for path, outputs in progress_bar('picture')(jobs, len(jobs)):
         try:
-            process_picture(path, outputs, points, options, lambda results, total: results)
+            process_picture(path, outputs, points, options, False)
         except (RmgradientError, OSError, MemoryError) as error:
             logger.error('%s', explain(error, path))
             n_failed += 1
@@ -3127,10 +3189,12 @@ def list_jobs(options):
     return jobs
 
 
-def process_picture(path, outputs, points, options, progress):
-    """Correct one picture; with -a, points are chosen beside those given, if there are any."""
+def process_picture(path, outputs, points, options, alone):
+    """Correct one picture, with a progress bar if it is alone; with -a, points are chosen beside those given."""
     with about(path):
         image = open_picture(path)
+    megapixels = f' {image.shape[0] * image.shape[1] / 1e6:.3g} megapixels'
+    progress = progress_bar('strip', megapixels) if alone else lambda results, total, work: results
     with image, threads(progress) as starmap:
         for warning in image.warnings:
             logger.warning('%s: %s', path, warning)
@@ -3172,7 +3236,7 @@ def fit_picture(path, image, points, options, starmap):
         return levels, model, [], points
     levels, noise = measure_levels(image, points, options.sigma)
     model = fit_background(points, levels, options.smooth)
-    return levels, model, report_model(path, points, levels, noise, model), points
+    return levels, model, report_model(path, image, points, levels, noise, model), points
 
 
 def choose_toolkit():
@@ -3210,8 +3274,7 @@ def edit_points(path, image, points, outputs, options):
         overwrite[0] = True  # it is ours now
         return name
 
-    pairs = [] if points is None else parse_points_file(format_points(points))
-    editor = Editor(image, pairs, options, os.path.basename(path), save)
+    editor = Editor(image, [] if points is None else points.pairs(), options, os.path.basename(path), save)
     plt.show(block=True)
     if not editor.accepted:
         return None
@@ -3240,7 +3303,7 @@ def fit_with_reference(path, image, points, options, starmap):
     logger.info('%s: %d of %d points fit the reference, whose scale is %s; they are predicted from the others to %s',
                 path, found.kept.sum(), len(found.kept), ', '.join(
                     f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(found.scale, found.error)),
-                in_words(found.left))
+                in_words(found.unexplained))
     return points.subset(found.kept), found.levels, found.model
 
 
@@ -3250,11 +3313,17 @@ def read_points(options):
         return make_points(options.points)
     if options.points_file == '-':
         with about('standard input'):
-            return make_points(parse_points_file(read_lines(sys.stdin.buffer if sys.stdin else io.BytesIO())))
+            return points_of(read_lines(sys.stdin.buffer if sys.stdin else io.BytesIO()), 'standard input')
     if options.points_file:
         with about(options.points_file), open(options.points_file, 'rb') as file:
-            return make_points(parse_points_file(read_lines(file)))
+            return points_of(read_lines(file), options.points_file)
     return None
+
+
+def points_of(lines, name):
+    """Return the Points in lines of a file."""
+    pairs, numbers = parse_points_file(lines)
+    return make_points(pairs, [f'{name}, line {i}' for i in numbers])
 
 
 def read_lines(file):
@@ -3283,7 +3352,7 @@ def write_pictures(path, outputs, files, image, model, sky, options, starmap):
     writers = {kind: image.writer(files[kind], kind, options.rows, options.compress)
                for kind in ('output', 'background') if kind in files}
 
-    def finish(start, stop):
+    def correcting(start, stop):
         encoded, n_limited = {}, 0
         if 'output' in files:
             with about(path):
@@ -3301,7 +3370,7 @@ def write_pictures(path, outputs, files, image, model, sky, options, starmap):
         return encoded, n_limited
 
     total = np.zeros(2, int)
-    for encoded, n_limited in starmap(finish, row_groups(height, options.rows)):
+    for encoded, n_limited in starmap(correcting, row_groups(height, options.rows)):
         total += n_limited
         for kind, writer in writers.items():
             with about(outputs[kind]):
@@ -3331,17 +3400,18 @@ def threads(progress):
             yield pending.popleft().result()
 
     try:
-        yield lambda work, arguments: progress(results(work, arguments), len(arguments))
+        yield lambda work, arguments: progress(results(work, arguments), len(arguments), work.__name__)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def progress_bar(unit):
-    """Return a function that shows how far an iterable of some length is, on a terminal, if it takes a while."""
+def progress_bar(unit, text=''):
+    """Return a function that shows how far an iterable of some length is, and what it does, on a terminal, if it takes
+    a while."""
     if not (sys.stderr and sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)):
-        return lambda results, total: results
+        return lambda results, total, work='': results
     from tqdm import tqdm  # takes longer to load than most pictures to correct
-    return lambda results, total: tqdm(results, total=total, unit=unit, delay=1, leave=False)
+    return lambda results, total, work='': tqdm(results, f'{work}{text}', total, unit=unit, delay=1, leave=False)
 
 
 def report_chosen(path, given, chosen):
@@ -3365,7 +3435,7 @@ def report_limited(path, percent):
                        f'{part:.2f} %' if part >= 0.01 else 'less than 0.01 %', color, cure)
 
 
-def report_model(path, points, levels, noise, model):
+def report_model(path, image, points, levels, noise, model):
     """Log what was chosen, warn of points that do not fit, and return their indices."""
     if not model.choice:
         return []
@@ -3376,6 +3446,11 @@ def report_model(path, points, levels, noise, model):
         logger.info('%s: points are predicted from the others to %s (root mean square); the noise of their levels '
                     'is %s', path, in_words(np.sqrt((choice.errors**2).mean(axis=0))),
                     in_words(np.median(noise, axis=0)))
+    height, width, _ = image.shape
+    part = 12 * math.sqrt(max(0, np.linalg.det(np.cov(points.centers.T)))) / (height * width)
+    if part < LEAST_SPAN:
+        logger.warning('%s: the points span %.0f %% of the picture, and beyond them the background is a guess; spread '
+                       'them into the corners', path, 100 * part)
     misfits = find_misfits(points, levels, noise, choice)
     for i, error in misfits:
         hint = 'brighter than its neighbors suggest: on a star or nebula?' if error > 0 else (
@@ -3383,7 +3458,7 @@ def report_model(path, points, levels, noise, model):
         if points.on_isoline[i]:
             hint = 'off what its neighbors suggest: does the isoline run there?'
         rounded = in_words([float(f'{abs(error):.3g}')])
-        logger.warning('%s: point (%d, %d) is %s %s', path, points.x[i], points.y[i], rounded, hint)
+        logger.warning('%s: %s is %s %s', path, points.describe([i]), rounded, hint)
     return [i for i, _ in misfits]
 
 
@@ -3395,17 +3470,23 @@ def in_words(values):
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose messages hold nothing that is not printable."""
+    """A parser whose messages help with misspelled options, and hold nothing that is not printable."""
 
     def error(self, message):
+        if words := re.match('unrecognized arguments: (.*)', message):
+            known = [option for action in self._actions for option in action.option_strings]
+            for word in words[1].split():
+                close = difflib.get_close_matches(word.partition('=')[0], known, 1)
+                message += f'; did you mean {close[0]}?' if close else ''
+                message += '; write coordinates with a minus sign as -330 -195' if re.match(r'-\d', word) else ''
         super().error(printable(message))
 
 
 def build_parser():
     """Return the parser of the command line."""
-    description, start, rest = (__doc__ or '').rstrip().partition('The exit status')  # python -OO has no docstrings
-    parser = Parser(prog='rmgradient', description=description, epilog=start + rest, add_help=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    # python -OO has no docstrings
+    parser = Parser(prog='rmgradient', description=(__doc__ or '').rstrip(), add_help=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     files = parser.add_argument_group('input and output')
     files.add_argument('-i', '--input', metavar='FILE', nargs='+', required=True,
                        help='pictures to correct (TIFF or FITS)')

@@ -149,7 +149,7 @@ def test_others_are_predicted_as_if_left_out():
     for i in range(5):
         errors, deviation = rg.predict_others(choice, centers, levels, np.arange(40) != i)
         assert_allclose(errors[0], choice.errors[i], rtol=1e-6)
-        assert_allclose(errors[0] / deviation[0], choice.spread[i], rtol=1e-6)
+        assert_allclose(errors[0] / deviation[0], choice.standardized[i], rtol=1e-6)
 
 
 @pytest.mark.parametrize('dtype', ['u1', 'u2', 'f4'])

@@ -128,13 +128,12 @@ def test_points_from_option_file_and_standard_input_are_the_same(cli, monkeypatc
 
 @pytest.mark.parametrize(('points', 'status', 'match'), [
     ('30 30 40 40 50', 2, '5 coordinates are not pairs'),
-    ('30 30 40 forty 50 50', 2, "'forty' is not a whole number"),
-    ('30 30 40 40.5 50 50', 2, 'not a whole number'),
+    ('30 30 40 forty 50 50', 2, "'forty' is not a number of pixels"),
     ('-30 30 40 40 50 50', 1, 'first point has a minus sign'),
-    ('30 30 23 40 50 50', 1, 'sky.tif: point (23, 40) is within 24 pixels of the border; lower --sigma or move it'),
+    ('30 30 23 40 50 50', 1, 'sky.tif: point (23, 40) is within 24 pixels of the border; use a smaller sigma or move it'),
     ('30 30 40 400 50 50', 1, 'sky.tif: point (40, 400) is outside of the picture, 120 x 90 pixels'),
     ('30 30 -0 -90 50 50', 1, 'outside'),
-    ('30 30 40 40 30 30', 1, 'point 3 repeats point 1, (30, 30)'),
+    ('30 30 40 40 30 30', 1, 'point (30, 30), number 3, repeats number 1'),
     ('30 30 40 40', 1, 'too few points, 2; give at least three'),
 ])
 def test_bad_points(cli, points, status, match):
@@ -145,7 +144,7 @@ def test_bad_points(cli, points, status, match):
     ('30 30\n40\n', 'points: line 2: 1 coordinates are not pairs'),
     ('30 30\n40 x\n', "points: line 2: coordinate 'x'"),
     ('', 'points: no points'),
-    ('30 30\n30 30\n40 40\n', 'points: point 2 repeats point 1'),
+    ('30 30\n30 30\n40 40\n', 'points: point (30, 30) in points, line 2, number 2, repeats number 1'),
 ])
 def test_bad_points_file(cli, text, match):
     (cli.folder / 'points').write_text(text)
@@ -435,8 +434,8 @@ def test_system_that_is_not_posix(cli):
 @pytest.mark.parametrize(('closed', 'text', 'status', 'message'), [
     (2, b'', 0, b''),
     (0, b'', 1, b'rmgradient: error: standard input: no points; give at least three\n'),
-    (None, b'\xff\xfe 7', 1, 'rmgradient: error: standard input: line 1: coordinate \'\ufffd\ufffd\' is not a whole '
-                            'number\n'.encode())])
+    (None, b'\xff\xfe 7', 1, 'rmgradient: error: standard input: line 1: coordinate \'\ufffd\ufffd\' is not a number '
+                            'of pixels\n'.encode())])
 def test_standard_streams_that_are_closed_or_no_text(cli, closed, text, status, message):
     points = ['-f', '-'] if status else ['-p', *words(cli.points)]
     done = subprocess.run([sys.executable, ROOT / 'rmgradient.py', '-i', 'sky.tif', '-o', 'out.tif', *points],
@@ -457,7 +456,7 @@ def test_commands_of_the_manual_page(tmp_path, monkeypatch):
         assert tifffile.imread(tmp_path / name).shape == (400, 600, 3)
     monkeypatch.setenv('COLUMNS', '80')
     help_text = rg.build_parser().format_help()
-    assert help_text.endswith(rg.__doc__[-200:])  # one story: the manual page ends with its examples
+    assert rg.__doc__.strip() in help_text  # one story
     assert max(map(len, help_text.splitlines())) <= 80
 
 

@@ -190,7 +190,7 @@ def test_isoline_by_shift(hand):
 def test_what_can_not_be_used_is_said(hand):
     hand.set(PLACES)
     hand.click(5, 200)
-    assert hand.editor.unusable == {7: 'is within 24 pixels of the border; lower --sigma or move it'}
+    assert hand.editor.unusable == {7: 'is within 24 pixels of the border; use a smaller sigma or move it'}
     assert 'point 8 at (5, 200) is within 24 pixels' in hand.status
     assert len(hand.editor.points().x) == 7
     colors = hand.editor._drawn[1].get_edgecolors()
@@ -347,7 +347,7 @@ def test_points_file_edited_in_place(scripted):
         hand.press('enter')
     assert scripted(user, '--save-points', 'mine', '--overwrite', points=['-f', 'mine']) == 0
     assert '1 points that can not be used are left out' in scripted.cli.stderr
-    assert len(rg.parse_points_file((scripted.cli.folder / 'mine').read_text().splitlines())) == 8
+    assert len(rg.parse_points_file((scripted.cli.folder / 'mine').read_text().splitlines())[0]) == 8
     scripted.cli.fails('--edit', '--reference', 'sky.tif', points=[], status=2, match='use one of them')
 
 
@@ -412,7 +412,7 @@ def test_real_window(cli, sky):
         xdotool('key', 'Return')
         _, message = process.communicate(timeout=60)
         assert (process.returncode, message) == (0, '')
-        pairs = rg.parse_points_file((cli.folder / 'points').read_text().splitlines())
+        pairs = rg.parse_points_file((cli.folder / 'points').read_text().splitlines())[0]
         assert_array_equal(pairs[:7], PLACES)
         assert len(pairs) == 8
         assert cli('-o', 'again.tif', points=['-f', 'points']) == 0

@@ -23,11 +23,12 @@ def test_minus_zero_is_on_an_isoline():
 
 @pytest.mark.parametrize(('text', 'match'), [
     ('1 2 3', '3 coordinates are not pairs: the last one, 3, has no partner'),
-    ('1 2.5', "'2.5' is not a whole number"),
-    ('1 two', "'two' is not a whole number"),
-    ('1 1e3', "'1e3' is not a whole number"),
-    ('1 ٣', 'is not a whole number'),  # Arabic digit: int() would take it
-    ('1 99999999999999999999', 'is not a whole number'),
+    ('1 two', "'two' is not a number of pixels"),
+    ('1 1e3', "'1e3' is not a number of pixels"),
+    ('1 ٣', 'is not a number of pixels'),  # Arabic digit: int() would take it
+    ('1 99999999999999999999', 'is not a number of pixels'),
+    ('1 2;nan', "'nan' is not a number of pixels"),
+    ('1 2 -', "'-' is not a number of pixels"),
 ])
 def test_words_that_are_not_pairs(text, match):
     with pytest.raises(rg.RmgradientError, match=match):
@@ -39,8 +40,8 @@ def test_words_that_are_not_pairs(text, match):
     ([(-1, 2), (3, 4), (5, 6)], 'first point has a minus sign'),
     ([(-0.0, 2), (3, 4), (5, 6)], 'first point has a minus sign'),
     ([(1, 2), (3, 4)], 'too few points, 2; give at least three'),
-    ([(1, 2), (3, 4), (1, 2), (5, 6)], r'point 3 repeats point 1, \(1, 2\)'),
-    ([(1, 2), (3, 4), (5, 6), (-3, 4)], r'point 4 repeats point 2, \(3, 4\)'),
+    ([(1, 2), (3, 4), (1, 2), (5, 6)], r'point \(1, 2\), number 3, repeats number 1'),
+    ([(1, 2), (3, 4), (5, 6), (-3, 4)], r'point \(3, 4\), number 4, repeats number 2'),
     ([(1, 2), (3, 4.5), (5, 6)], 'whole numbers'),
     ([(1, 2), (3, np.nan), (5, 6)], 'whole numbers'),
     ([(1, 2), (3, np.inf), (5, 6)], 'whole numbers'),
@@ -54,12 +55,51 @@ def test_pairs_that_are_not_points(pairs, match):
 
 def test_points_file():
     lines = ['# picked by hand\n', '\n', '10 20\n', '  30\t40 1234 brightness, a comment\n', '-0 5#isoline\n', '-7 8']
-    assert rg.parse_points_file(lines).tolist() == [[10, 20], [30, 40], [-0.0, 5], [-7, 8]]
-    assert np.signbit(rg.parse_points_file(lines)[2, 0])
+    pairs, numbers = rg.parse_points_file(lines)
+    assert pairs.tolist() == [[10, 20], [30, 40], [-0.0, 5], [-7, 8]]
+    assert np.signbit(pairs[2, 0])
+    assert numbers == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize('text', ['10,20 30,40', '(10, 20) (30, 40)', '[10 20] [30 40]', '10.0 20.4 29.6 40',
+                                  '10, 20; 30, 40', '[[10, 20], [30, 40]]'])
+def test_coordinates_as_programs_write_them(text):
+    assert rg.parse_coordinates(text.split()).tolist() == [[10, 20], [30, 40]]
+    lines = [text.split('30')[0], '30' + text.split('30')[1]] if '30' in text else text.rsplit('29', 1)
+    lines = [lines[0], lines[1] if '30' in text else '29' + lines[1]]
+    assert rg.parse_points_file(lines)[0].tolist() == [[10, 20], [30, 40]]
+
+
+def test_signs_of_decimals():
+    assert np.signbit(rg.parse_coordinates('-0.2 5 3 -0'.split())).tolist() == [[True, False], [False, True]]
+
+
+def test_one_number_a_line():
+    pairs, numbers = rg.parse_points_file('# x and y\n10\n20\n\n-30\n40\n'.split('\n'))
+    assert pairs.tolist() == [[10, 20], [-30, 40]]
+    assert numbers == [2, 5]
+    with pytest.raises(rg.RmgradientError, match='line 3: 1 coordinates are not pairs'):
+        rg.parse_points_file(['1', '2', '3'])
+
+
+def test_messages_name_all_points_and_their_lines():
+    pairs = [(30, 30), (500, 30), (40, 40), *((600 + i, 20) for i in range(6))]
+    points = rg.make_points(pairs, [f'sky_points, line {i}' for i in range(len(pairs))])
+    with pytest.raises(rg.RmgradientError) as caught:
+        rg.check_points(points, 100, 200, 5)
+    assert str(caught.value) == (
+        'points (500, 30) in sky_points, line 1, (600, 20) in sky_points, line 3, (601, 20) in sky_points, line 4, '
+        '(602, 20) in sky_points, line 5, (603, 20) in sky_points, line 6 and 2 more are outside of the picture, '
+        '200 x 100 pixels')
+    with pytest.raises(rg.RmgradientError, match='outside of the picture, 200 x 100 pixels: are x and y swapped'):
+        rg.check_points(rg.make_points([(30, 150), (99, 199), (5, 3)]), 100, 200, 1)
+    kept = points.subset(np.arange(len(pairs)) % 2 == 1)
+    assert kept.sources[0] == 'sky_points, line 1'
+    assert len(kept.sources) == len(kept.x)
 
 
 @pytest.mark.parametrize(('line', 'match'), [('12', 'line 2: 1 coordinates are not pairs'),
-                                             ('12, 13', "line 2: coordinate '12,' is not a whole number")])
+                                             ('12, b', "line 2: coordinate 'b' is not a number of pixels")])
 def test_points_file_names_the_line(line, match):
     with pytest.raises(rg.RmgradientError, match=match):
         rg.parse_points_file(['10 20', line])
@@ -70,9 +110,9 @@ def test_points_file_names_the_line(line, match):
 def test_points_survive_a_file(drawn):
     pairs = [(-float(x), y) if signed and i else (x, y) for i, (x, y, signed) in enumerate(drawn)]
     points = rg.make_points(pairs)
-    again = rg.make_points(rg.parse_points_file(rg.format_points(points)))
-    for one, other in zip(points, again):
-        assert one.tolist() == other.tolist()
+    for again in (rg.parse_points_file(rg.format_points(points))[0], points.pairs()):
+        for one, other in zip(points[:3], rg.make_points(again)):
+            assert one.tolist() == other.tolist()
 
 
 def test_border_is_exact():
@@ -82,7 +122,7 @@ def test_border_is_exact():
     for place in [(24, 24), (175, 75)]:
         check(*place)
     for place in [(23, 40), (176, 40), (40, 23), (40, 76)]:
-        with pytest.raises(rg.RmgradientError, match='within 24 pixels of the border; lower --sigma or move it'):
+        with pytest.raises(rg.RmgradientError, match='within 24 pixels of the border; use a smaller sigma or move it'):
             check(*place)
     for place in [(200, 40), (40, 100)]:
         with pytest.raises(rg.RmgradientError, match='outside of the picture, 200 x 100 pixels'):

@@ -48,7 +48,7 @@ def test_shape_and_type_are_kept(dtype, n_channels):
     ({'image': np.zeros((90, 120), complex)}, 'no picture'), ({'image': np.zeros(90)}, 'no picture'),
     ({'image': np.zeros((0, 5))}, 'no picture'), ({'method': 'multiply'}, "'multiply' is none of"),
     ({'sky': 'grey'}, "'grey', is neither a number"), ({'sky': np.nan}, 'neither'),
-    ({'points': [(30, 30)]}, 'too few'), ({'sigma': -1}, '0.1 to 10000'), ({'sigma': 20}, 'lower --sigma')])
+    ({'points': [(30, 30)]}, 'too few'), ({'sigma': -1}, '0.1 to 10000'), ({'sigma': 20}, 'smaller sigma')])
 def test_errors_are_values(arguments, match):
     with pytest.raises(ValueError, match=match) as caught:
         rg.remove_gradient(**({'image': draw()[0], 'points': scatter()} | arguments))
