@@ -50,6 +50,7 @@ if IS_COMMAND := os.path.splitext(os.path.basename(''.join(sys.argv[:1])))[0] ==
         ctypes.pythonapi.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 import argparse
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -68,6 +69,7 @@ import stat
 import struct
 import threading
 import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
@@ -89,7 +91,10 @@ except Exception as error:
         raise
     sys.exit(f'rmgradient: error: {why_not_loaded(error)}')
 
-__version__ = '1.0.0'
+__version__ = '1.1.0'
+__all__ = ['BackgroundModel', 'Points', 'RmgradientError', 'choose_points', 'correct', 'find_misfits', 'find_sky',
+           'fit_background', 'fit_beside_reference', 'main', 'make_points', 'measure_levels', 'open_picture',
+           'remove_gradient']
 logger = logging.getLogger('rmgradient')
 
 SIGMA = 8.0  # pixels; wide enough to average the noise, narrow enough to fit between stars
@@ -188,7 +193,7 @@ def parse_coordinates(words):
     numbers = []
     for word in re.split(r'[\s,;()\[\]{}]+', ' '.join(words).strip(' ,;()[]{}')) if words else []:
         if not re.fullmatch(r'[+-]?[0-9]{1,9}(\.[0-9]*)?', word, re.ASCII):
-            raise RmgradientError(f'coordinate {word!r} is not a number of pixels')
+            raise RmgradientError(f'coordinate {word[:40]!r} is not a number of pixels')
         numbers.append(math.copysign(round(abs(float(word))), -1 if word[0] == '-' else 1))
     if len(numbers) % 2:
         raise RmgradientError(f'{len(numbers)} coordinates are not pairs: the last one, {numbers[-1]:.0f}, has no '
@@ -218,7 +223,7 @@ def format_points(points):
     return [f'{"-" if on_isoline else ""}{x} {y}' for x, y, on_isoline in zip(points.x, points.y, points.on_isoline)]
 
 
-def make_points(pairs, sources=()):
+def make_points(pairs: np.ndarray, sources: Sequence[str] = ()) -> Points:
     """Sort out which points are measured and which are on an isoline.
 
     Parameters
@@ -323,7 +328,7 @@ def blur_kernel(sigma):
     return kernel / kernel.sum()
 
 
-def measure_levels(image, points, sigma=SIGMA):
+def measure_levels(image: np.ndarray | Picture, points: Points, sigma: float = SIGMA) -> tuple[np.ndarray, np.ndarray]:
     """Measure the blurred value of each channel at each point.
 
     Parameters
@@ -447,6 +452,15 @@ def one_blas_thread():
             yield
 
 
+@contextlib.contextmanager
+def can_start_threads():
+    """Turn the error that no thread can be started into one of memory, which it mostly is."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise MemoryError from error
+
+
 @functools.lru_cache
 def _blas():
     import threadpoolctl
@@ -560,7 +574,9 @@ def _likeliest_of_each_trend(centers, levels, leader, rounding):
     best = [None, None]
     if any(rough.any() for *_, rough in trends):
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            for epsilon, eigenvalues, vectors, found in pool.map(judge, SHAPES * spacing):
+            with can_start_threads():
+                judged = pool.map(judge, SHAPES * spacing)
+            for epsilon, eigenvalues, vectors, found in judged:
                 for i, likeliest in enumerate(found):
                     if likeliest and (not best[i] or likeliest < best[i][0]):
                         best[i] = likeliest, epsilon, eigenvalues, vectors
@@ -818,7 +834,7 @@ def chebyshev_panels(n_pixels, epsilon):
     return np.arange(n_panels)[:, None] * panel + nodes, matrix
 
 
-def fit_background(points, levels, smooth='auto'):
+def fit_background(points: Points, levels: np.ndarray, smooth: float | str = 'auto') -> BackgroundModel:
     """Fit a smooth surface through the levels.
 
     Parameters
@@ -864,7 +880,7 @@ def _fit_classic(centers, levels, smooth):
 
 # ---- Misfits --------------------------------------------------------------------------------------------------------
 
-def find_misfits(points, levels, noise, choice):
+def find_misfits(points: Points, levels: np.ndarray, noise: np.ndarray, choice: Choice) -> list[tuple[int, float]]:
     """Find points whose level stands out from what the others predict.
 
     Parameters
@@ -958,7 +974,7 @@ class Beside(NamedTuple):
     unexplained: np.ndarray  # (n_channels,): standard deviation of what neither reference nor background explains
 
 
-def fit_beside_reference(points, levels, reference):
+def fit_beside_reference(points: Points, levels: np.ndarray, reference: np.ndarray) -> Beside:
     """Fit the background of a picture of which a registered one with less gradient, the reference, is known.
 
     Parameters
@@ -1061,7 +1077,8 @@ def join_quiet_places(image, n, sigma, given, starmap=itertools.starmap):
 
 
 @np.errstate(over='ignore')  # as in `significance`
-def choose_points(image, n=AUTO, sigma=SIGMA, given=None, starmap=itertools.starmap):
+def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIGMA, given: Points | None = None,
+                  starmap: Callable = itertools.starmap) -> Chosen:
     """Choose points of empty sky.
 
     Parameters
@@ -1074,6 +1091,8 @@ def choose_points(image, n=AUTO, sigma=SIGMA, given=None, starmap=itertools.star
         Blur at the points, in pixels: what they are chosen for.
     given : Points, optional
         Certain points: all are kept, and the surface that tells sky from nebula has to go through them.
+    starmap : callable
+        Like `itertools.starmap`, but it may work on several strips at once, see `threads`; the order stays.
 
     Returns
     -------
@@ -1469,7 +1488,8 @@ def check_reference(shape, reference_shape):
 SKIES = 'gray', 'color', 'darkest'
 
 
-def find_sky(sky, method, levels, model, height, width, rows=ROWS, starmap=itertools.starmap):
+def find_sky(sky: str | float | None, method: str, levels: np.ndarray, model: BackgroundModel, height: int, width: int,
+             rows: int = ROWS, starmap: Callable = itertools.starmap) -> np.ndarray:
     """Return the level that the sky gets.
 
     Parameters
@@ -1512,6 +1532,9 @@ def find_sky(sky, method, levels, model, height, width, rows=ROWS, starmap=itert
         level = np.full_like(median, sky)
     else:
         raise RmgradientError(f'the level of the sky, {sky!r}, is neither a number nor one of {", ".join(SKIES)}')
+    if np.abs(level).max() > 1e9 * np.abs(median).max() > 0:
+        raise RmgradientError(f'a sky level of {in_words(level)} is too far from that of the picture, '
+                              f'{in_words(median)}')
     if method == 'divide':
         check_divisor(model, height, width, rows)
         if (level <= 0).any():
@@ -1561,7 +1584,8 @@ def check_divisor(model, height, width, rows=ROWS):
 
 # ---- Correction -----------------------------------------------------------------------------------------------------
 
-def correct(strip, shift, method='subtract', sky=None, dither=None):
+def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky: np.ndarray | None = None,
+            dither: np.ndarray | None = None) -> np.ndarray:
     """Remove the background from a strip of the picture.
 
     Parameters
@@ -1696,7 +1720,7 @@ def correct_rows(strip, start, model, method='subtract', sky=None, dither=False,
     color, n_limited = strip[..., :n_channels], np.zeros(2, int)
     for rows, columns, shift in model.blocks(start, stop, width):
         before = color[rows, columns]
-        with np.errstate(invalid='ignore'):  # signaling NaN
+        with np.errstate(all='ignore'):  # infinite pixels, and signaling NaN
             corrected = correct(before, shift, method, sky, noise[rows, columns] if dither else None)
         if blank is not None:
             corrected = np.where(before == blank, before, keep_off(corrected, blank))
@@ -1887,6 +1911,14 @@ class TiffBytes(RandomAccess):
         return entries, pointer.unpack_from(data, n_entries * entry.size)[0]
 
 
+def pack_head(byteorder, bigtiff, offset=None):
+    """Return the bytes that a file begins with, and that lead to the first directory, by default behind them."""
+    magic = b'II' if byteorder == '<' else b'MM'
+    if bigtiff:
+        return magic + struct.pack(byteorder + 'HHHQ', 43, 8, 0, offset or 16)
+    return magic + struct.pack(byteorder + 'HI', 42, offset or 8)
+
+
 def pack_directory(tags, offset, byteorder, bigtiff):
     """Return the bytes of a directory at `offset`, which is even, with the values and sub-directories behind it."""
     head, entry, pointer = directory_structs(byteorder, bigtiff)
@@ -1914,6 +1946,8 @@ STRUCTURE_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 28
 # Tags that show or describe the old pixels: smallest and largest value, Photoshop's layers.
 STALE_TAGS = {280, 281, 37724}
 NAMES_OF_TAGS = {ICC: 'the ICC profile', XMP: 'the XMP packet', EXIF: 'EXIF', GPS: 'GPS'}
+# Those of them that tell where the pixels are, and depths of volumes.
+LAYOUT_TAGS = STRUCTURE_TAGS - {330, 400} | {32997, 32998}
 PER_SAMPLE_TAGS = {340, 341}  # smallest and largest possible value, one a sample
 # Compressions that come apart into segments, and how many bytes one byte can stand for at most.
 COMPRESSIONS = {1: 1, 5: 1400, 8: 1040, 32946: 1040, 32773: 64, 34925: 10000, 50000: 44000}
@@ -1956,10 +1990,7 @@ class TiffImage(Picture):
     def _open(self):
         self._bytes = file = TiffBytes(self._file)
         entries, next_directory = file.directory(file.first)
-        check_structure({code: file.numbers(type_, count, offset) for code, type_, count, offset in entries
-                         if code in STRUCTURE_TAGS and type_ in (1, SHORT, LONG, LONG8) and count < 2**16})
-        self._file.seek(0)
-        self._page = page = tifffile.TiffFile(self._file).pages.first
+        self._page = page = self._read_layout(entries)
         check_page(page)
         check_segments(page, file.size)
         self.n_samples, self.dtype = page.samplesperpixel, page.dtype.newbyteorder('=')
@@ -1982,6 +2013,20 @@ class TiffImage(Picture):
         self._is_plain = page.compression == 1 and page.fillorder == 1
         page.decode  # made now: making it is not safe in threads  # noqa: B018
         self._decoded, self._lock = collections.OrderedDict(), threading.Lock()
+
+    def _read_layout(self, entries):
+        """Return a tifffile.TiffPage made from the tags of the layout alone: nothing else in the file matters."""
+        file, tags = self._bytes, {}
+        for code, type_, count, offset in entries:
+            if code in LAYOUT_TAGS and type_ in TYPE_SIZES:
+                if code in tags:
+                    raise Damage(f'tag {code} is there twice')
+                tags[code] = Tag(code, type_, count, file.declared(offset, count * TYPE_SIZES[type_]))
+        check_layout({code: struct.unpack(f'{file.byteorder}{tag.count}{NUMBERS[tag.type]}', tag.value)
+                      for code, tag in tags.items() if tag.type in NUMBERS and tag.count < 2**16})
+        head = pack_head(file.byteorder, file.bigtiff)
+        directory = pack_directory(tags.values(), len(head), file.byteorder, file.bigtiff)
+        return tifffile.TiffFile(io.BytesIO(head + directory)).pages.first
 
     def transparent(self, start, stop):
         if 2 not in self.profile.extra_samples:
@@ -2011,7 +2056,8 @@ class TiffImage(Picture):
                     raise Damage(f'segment {index} is cut short')
             samples = slice(plane, plane + 1) if planes > 1 else slice(None)
             window[first - start:last - start, first_x - left:last_x - left, samples] = segment
-        return invert(window) if self.profile.photometric == 0 else window
+        with np.errstate(invalid='ignore'):  # signaling NaN
+            return invert(window) if self.profile.photometric == 0 else window
 
     def _segment_rows(self, index, start, stop, n_segments):
         """Return rows of a strip or tile, counted from its top, of which the caller needs `n_segments`."""
@@ -2087,13 +2133,13 @@ def first_of_stack(tags, n_pages, n_values, most):
 
     ImageJ and MetaMorph write a stack as one page, and tifffile and OME describe all pages in the first.
     """
-    text = next((tag.value for tag in tags if tag.code == DESCRIPTION), b'')
+    text = next((tag.value for tag in tags if tag.code == DESCRIPTION and tag.type == 2), b'')
     n_planes = next((tag.count for tag in tags if tag.code == METAMORPH[1]), 1)
     if text.startswith(b'ImageJ='):
         n_planes = max(map(int, re.findall(rb'^images=(\d{1,9})$', text, re.MULTILINE)), default=1)
         text = re.sub(rb'^(images|channels|slices|frames|hyperstack)=.*\n', b'', text, flags=re.MULTILINE)
     elif shape := re.match(rb'{"shape": \[([\d, ]{1,200})\]', text):
-        n_planes, text = math.prod(int(n) for n in shape[1].split(b',') if n.strip()) // n_values, b''
+        n_planes, text = math.prod(map(int, re.findall(rb'\d+', shape[1]))) // n_values, b''
     elif b'<OME' in text:
         text = b''
     if n_planes > most or max(n_planes, n_pages) == 1:
@@ -2109,7 +2155,7 @@ def invert(rows):
     return np.concatenate([1 - gray if rows.dtype.kind == 'f' else ~gray, rows[..., 1:]], axis=-1)
 
 
-def check_structure(structure):
+def check_layout(structure):
     """Refuse {code: values} of structure that tifffile would guess, correct or stumble over."""
     for code, name in ((256, 'width'), (257, 'height'), (262, 'kind of colors')):
         if code not in structure:
@@ -2174,6 +2220,8 @@ def check_segments(page, file_size):
                               f'{across * down * planes} segments')
     row = width * page.samplesperpixel // planes * page.dtype.itemsize
     ratio = COMPRESSIONS[int(page.compression)]
+    if page.is_tiled and (height > 2 * max(page.imagelength, 512) or width > 2 * max(page.imagewidth, 512)):
+        raise RmgradientError(f'damaged: tiles of {width} x {height} pixels')
     for i, (offset, size) in enumerate(zip(offsets, sizes)):
         n_rows = height if page.is_tiled else min(height, page.imagelength - i % down * height)
         if size == 0 or offset == 0:
@@ -2273,11 +2321,7 @@ class TiffStrips:
             tags.append(tag)
         self._file.write(pack_directory(tags, offset, order, self.bigtiff))
         self._file.seek(0)
-        magic = b'II' if order == '<' else b'MM'
-        if self.bigtiff:
-            self._file.write(magic + struct.pack(order + 'HHHQ', 43, 8, 0, offset))
-        else:
-            self._file.write(magic + struct.pack(order + 'HI', 42, offset))
+        self._file.write(pack_head(order, self.bigtiff, offset))
 
 
 # ---- FITS -----------------------------------------------------------------------------------------------------------
@@ -2512,7 +2556,7 @@ FORMATS = {ending: name for name, endings in {
     **{kind.name: ' '.join(kind.endings) for kind in (TiffImage, FitsImage)}}.items() for ending in endings.split()}
 
 
-def open_picture(path):
+def open_picture(path: str) -> Picture:
     """Return an open Picture; RmgradientError says what else a file is, and the way out."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise RmgradientError('not a regular file')
@@ -2573,6 +2617,9 @@ def check_paths(inputs, outputs, overwrite):
                 raise RmgradientError('is not a regular file')
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise RmgradientError(f'no permission to write in the folder {folder}')
+            if exists and os.stat(folder).st_mode & stat.S_ISVTX and hasattr(os, 'geteuid') and os.geteuid() not in (
+                    0, os.stat(real).st_uid, os.stat(folder).st_uid):
+                raise RmgradientError(f'no permission to replace a file of others in the folder {folder}')
 
 
 def _identity(path):
@@ -2626,7 +2673,7 @@ def whole_files(outputs, overwrite):
                     os.fsync(files[key].fileno())
                 if not _is_nameless(sources.get(path, '')):
                     files[key].close()
-        with signals_handled(signal.SIG_IGN):  # nothing interrupts the moment in which files get their names
+        with signals_handled(ignore):  # nothing interrupts the moment in which files get their names
             _publish(sources, overwrite)
 
 
@@ -2725,6 +2772,10 @@ def _closing(file):
     finally:
         with contextlib.suppress(OSError):
             file.close()
+
+
+def ignore(*_):
+    """Do nothing about a signal; SIG_IGN would make Python complain of one that is under way."""
 
 
 @contextlib.contextmanager
@@ -3060,8 +3111,10 @@ class Editor:
 
 # ---- Pipeline -------------------------------------------------------------------------------------------------------
 
-def remove_gradient(image, points, *, sigma=SIGMA, smooth='auto', reference=None, sky=None, method='subtract',
-                    dither=False, rows=ROWS, return_model=False):
+def remove_gradient(image: np.ndarray, points: np.ndarray | Points | str, *, sigma: float = SIGMA,
+                    smooth: float | str = 'auto', reference: np.ndarray | None = None,
+                    sky: str | float | None = None, method: str = 'subtract', dither: bool = False,
+                    rows: int = ROWS, return_model: bool = False) -> np.ndarray | tuple[np.ndarray, BackgroundModel]:
     """Remove the background gradient from an array, as the command does from a file.
 
     Parameters
@@ -3148,8 +3201,9 @@ def process(options):
     if options.points_file not in (None, '-', options.save_points):  # which may be replaced: it is read before
         inputs.append(options.points_file)
     check_paths(inputs, [path for _, outputs in jobs for path in outputs.values()], options.overwrite)
-    if options.preview and not importlib.util.find_spec('matplotlib'):
-        raise RmgradientError(f"{options.preview}: needs matplotlib; run: pip install matplotlib")
+    if options.preview:
+        with about(options.preview):
+            load_matplotlib()
     if options.edit:
         choose_toolkit()
     points = read_points(options)
@@ -3194,7 +3248,7 @@ def process_picture(path, outputs, points, options, alone):
     with about(path):
         image = open_picture(path)
     megapixels = f' {image.shape[0] * image.shape[1] / 1e6:.3g} megapixels'
-    progress = progress_bar('strip', megapixels) if alone else lambda results, total, work: results
+    progress = progress_bar('strip', megapixels) if alone else lambda results, *_: results
     with image, threads(progress) as starmap:
         for warning in image.warnings:
             logger.warning('%s: %s', path, warning)
@@ -3239,10 +3293,19 @@ def fit_picture(path, image, points, options, starmap):
     return levels, model, report_model(path, image, points, levels, noise, model), points
 
 
+def load_matplotlib():
+    """Raise RmgradientError if matplotlib is missing, or fails to load, as with a bad MPLBACKEND."""
+    try:
+        import matplotlib
+        import matplotlib.figure  # noqa: F401
+    except Exception as error:
+        reason = str(error) if isinstance(error, ValueError) else why_not_loaded(error)
+        raise RmgradientError(f'needs matplotlib: {reason}') from error
+
+
 def choose_toolkit():
     """Make matplotlib use a toolkit with windows, or raise RmgradientError that says what is missing."""
-    if not importlib.util.find_spec('matplotlib'):
-        raise RmgradientError("--edit needs matplotlib; run: pip install matplotlib")
+    load_matplotlib()
     import matplotlib
     named, displays = os.environ.get('MPLBACKEND'), ('DISPLAY', 'WAYLAND_DISPLAY')
     if not named and sys.platform not in ('win32', 'darwin') and not any(map(os.environ.get, displays)):
@@ -3387,13 +3450,14 @@ def threads(progress):
 
     No more than two results a worker wait to be taken, so that memory is bounded. On the way out nothing is waited for.
     """
-    np.empty(N_WORKERS * 2**26, np.uint8)  # can it be had? Threads without memory hang as they start, and BLAS exits
+    np.empty(N_WORKERS * 2**27, np.uint8)  # can it be had? Threads without memory hang as they start, and BLAS exits
     pool = concurrent.futures.ThreadPoolExecutor(N_WORKERS)
 
     def results(work, arguments):
         pending = collections.deque()
         for each in arguments:
-            pending.append(pool.submit(work, *each))
+            with can_start_threads():
+                pending.append(pool.submit(work, *each))
             if len(pending) > 2 * N_WORKERS:
                 yield pending.popleft().result()
         while pending:
@@ -3409,9 +3473,10 @@ def progress_bar(unit, text=''):
     """Return a function that shows how far an iterable of some length is, and what it does, on a terminal, if it takes
     a while."""
     if not (sys.stderr and sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)):
-        return lambda results, total, work='': results
+        return lambda results, *_: results
     from tqdm import tqdm  # takes longer to load than most pictures to correct
-    return lambda results, total, work='': tqdm(results, f'{work}{text}', total, unit=unit, delay=1, leave=False)
+    return lambda results, total, work='': tqdm(results, desc=f'{work}{text}', total=total, unit=unit, delay=1,
+                                                leave=False)
 
 
 def report_chosen(path, given, chosen):
@@ -3588,11 +3653,11 @@ class Interrupted(BaseException):
 def stop(number, _):
     """Raise Interrupted for the first signal, so that all is cleaned up, and ignore further ones."""
     for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+        signal.signal(each, ignore)
     raise Interrupted(number)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Run the command line, `sys.argv` by default, and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
@@ -3630,25 +3695,28 @@ def explain(error, path):
     """Return the message of what went wrong with a picture."""
     if isinstance(error, OSError):
         return f'{error.filename}: {error.strerror}' if error.filename else error.strerror or error
-    return f'{path}: not enough memory; lower --rows' if isinstance(error, MemoryError) else error
+    if isinstance(error, MemoryError):
+        return f'{path}: not enough memory, or no more threads allowed; a smaller --rows may help'
+    return error
 
 
 @contextlib.contextmanager
 def log_to_stderr(quiet):
-    """Show our messages, one line each, and none of tifffile's: what it complains of is an error or no matter."""
+    """Show our messages, one line each, and none of libraries: what they complain of is an error or no matter."""
     handler = _Handler()
     handler.setFormatter(_Formatter())
-    library = logging.getLogger('tifffile')
-    levels = logger.level, library.level
+    loggers = [logger, *map(logging.getLogger, ('tifffile', 'matplotlib'))]
+    levels = [each.level for each in loggers]
     logger.addHandler(handler)
+    for each in loggers:
+        each.setLevel(logging.CRITICAL + 1)
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    library.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(levels[0])
-        library.setLevel(levels[1])
+        for each, level in zip(loggers, levels):
+            each.setLevel(level)
 
 
 class _Handler(logging.StreamHandler):
@@ -3673,7 +3741,13 @@ def run():
     """
     gc.freeze()  # the libraries are there to stay
     gc.enable()
-    status = main()
+    try:
+        status = main()
+    except MemoryError:  # before there is any message
+        sys.stderr.write('rmgradient: error: not enough memory\n')
+        status = 1
+    if 'matplotlib' in sys.modules:
+        atexit._run_exitfuncs()  # it removes a temporary folder
     with contextlib.suppress(AttributeError, OSError):  # closed, or broken
         sys.stderr.flush()
     os._exit(status)

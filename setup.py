@@ -16,6 +16,9 @@ setup(
     license='Apache-2.0',
     license_files=['LICENSE'],
     py_modules=['rmgradient'],
+    data_files=[('share/man/man1', ['docs/rmgradient.1']),
+                ('share/bash-completion/completions', ['docs/rmgradient.bash']),
+                ('share/zsh/site-functions', ['docs/_rmgradient'])],
     entry_points={'console_scripts': ['rmgradient = rmgradient:run']},
     python_requires='>=3.11',
     install_requires=['numpy>=1.26', 'scipy>=1.11.2', 'tifffile[codecs]>=2024.8.10', 'threadpoolctl>=3.1.0',
@@ -24,7 +27,7 @@ setup(
         'plot': ['matplotlib>=3.8'],
         'fits': ['astropy>=6.0'],
         'test': ['pytest>=8', 'pytest-cov>=5', 'hypothesis>=6.100', 'matplotlib>=3.8', 'astropy>=6.0', 'ruff>=0.11',
-                 'codespell>=2.3'],
+                 'codespell>=2.3', 'argparse-manpage>=4.6', 'shtab>=1.7'],
     },
     keywords='astrophotography background gradient light pollution TIFF FITS radial basis function',
     classifiers=[

@@ -1,8 +1,8 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Demonstration: remove the gradient of a drawn sky. Writes sky_out.tif and sky_background.tif beside this script.
 # usage: test_sky_image.sh [PYTHON]     (default: the python of .venv beside this script, or else python3)
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+set -eu
+cd "$(dirname "$0")"
 python=${1:-.venv/bin/python}
 command -v "$python" > /dev/null || python=python3
 

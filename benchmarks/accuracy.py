@@ -8,7 +8,7 @@ means over all skies and seeds, half a count added. Beside the adaptive model: t
 and a thin-plate spline with a linear term, which other programs use. Then automatic points on the same skies with
 stars, with and without a nebula over a quarter of the frame.
 
-usage: accuracy.py [--quick]
+usage: accuracy.py [--quick] [--picture FILE]
 """
 import argparse
 import sys
@@ -69,7 +69,9 @@ def stars(rng):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--quick', action='store_true', help='one seed instead of five, to see that it runs')
-    seeds = [1] if parser.parse_args().quick else [1, 2, 3, 4, 5]
+    parser.add_argument('--picture', help='draw the errors, too (PNG, PDF or SVG)')
+    options = parser.parse_args()
+    seeds = [1] if options.quick else [1, 2, 3, 4, 5]
     errors, automatic = {}, {}
     for seed in seeds:
         rng = np.random.default_rng(seed)
@@ -104,6 +106,34 @@ def main():
         cells = [f'{np.median(by_kind[kind]):.1f}, {max(by_kind[kind]):.1f}' for kind in ('stars', 'stars and nebula')]
         print(f'{name:18} ' + ' '.join(f'{cell:17}' for cell in cells))
     print(rule)
+    if options.picture:
+        means = {model: [mean(by_layout[name]) for name in columns] for model, by_layout in errors.items()}
+        draw(options.picture, means, columns, automatic)
+
+
+def draw(path, errors, layouts, automatic):
+    """Draw the errors of models by layout, and of automatic points by background, a dot a sky."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 4), layout='constrained')
+    left, right = figure.subplots(1, 2, sharey=True)
+    for i, (model, values) in enumerate(errors.items()):
+        bars = left.bar(np.arange(len(layouts)) + 0.27 * (i - 1), values, 0.25, label=model)
+        left.bar_label(bars, fmt='%.3g', fontsize=8)
+    left.set_xticks(range(len(layouts)), layouts)
+    left.set_title('models through given points')
+    left.set_ylabel('RMS error in counts')
+    for i, (kind, color) in enumerate([('stars', 'tab:blue'), ('stars and nebula', 'tab:red')]):
+        for j, by_kind in enumerate(automatic.values()):
+            found = np.maximum(by_kind[kind], 0.3)
+            right.plot(np.full(len(found), j + 0.2 * i - 0.1), found, 'o', color=color, alpha=0.6,
+                       label=kind if j == 0 else None)
+    right.set_xticks(range(len(automatic)), automatic)
+    right.set_title('automatic points')
+    left.set_yscale('log')
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+        axes.grid(axis='y', alpha=0.3)
+    figure.savefig(path, dpi=90)
 
 
 if __name__ == '__main__':

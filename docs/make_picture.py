@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
 import tifffile
 from matplotlib.image import imsave
@@ -47,3 +47,22 @@ few = [*points.centers[::2], (395, 195), (10, 200)]
 settings = argparse.Namespace(auto=None, sigma=8.0, smooth='auto', method='subtract', sky=None)
 editor = rmgradient.Editor(sky, few, settings, 'sky.tif', None)
 editor.figure.savefig(here / 'editor.jpg', dpi=90)
+
+
+# Good points, one on the nebula, and all in one corner, and what each makes of the sky.
+good = rmgradient.make_points(points.centers[::2])
+choices = {'all over the frame, off the nebula': good,
+           'one more, on the nebula': rmgradient.make_points([*good.centers, (395, 195)]),
+           'all in one corner': rmgradient.make_points([(x, y) for x, y in points.centers if x < 260 and y > 240])}
+figure = matplotlib.figure.Figure(figsize=(12, 5.6), layout='constrained')
+for (above, below), (title, chosen) in zip(figure.subplots(2, 3).T, choices.items()):
+    above.imshow(stretch(sky.astype(float)))
+    above.set_title(title)
+    bad = [len(chosen.x) - 1] if 'on the' in title else []
+    rmgradient.draw_points(above, chosen, bad, 24, numbered=False)
+    # At one stretch, so that what is eaten is seen.
+    result = rmgradient.remove_gradient(sky, chosen, sky=3100.0).astype(float)
+    below.imshow(stretch(result, rmgradient.remove_gradient(sky, good, sky=3100.0).astype(float)))
+    for axes in (above, below):
+        axes.set_axis_off()
+figure.savefig(here / 'points.jpg', dpi=90)

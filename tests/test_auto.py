@@ -123,7 +123,7 @@ def test_type_and_scale_of_the_picture_do_not_matter():
 def test_choice_does_not_depend_on_threads_and_scale():
     sky, _, _ = sky_with()
     points, *_ = rg.choose_points(sky)
-    with rg.threads(lambda results, total: results) as starmap:
+    with rg.threads(lambda results, *_: results) as starmap:
         again, *_ = rg.choose_points(sky, starmap=starmap)
     scaled, *_ = rg.choose_points(sky.astype(np.float64) / 65536)
     for other in (again, scaled):
@@ -466,8 +466,8 @@ def test_preview_errors(cli, monkeypatch):
     cli.fails('--preview', 'preview.jpg', status=2, match="'preview.jpg' does not end in .png, .pdf or .svg")
     (cli.folder / 'preview.png').write_text('old')
     cli.fails('--preview', 'preview.png', match='preview.png: exists')
-    monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: None)
-    cli.fails('--preview', 'other.png', match="needs matplotlib; run: pip install matplotlib")
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    cli.fails('--preview', 'other.png', match='other.png: needs matplotlib: matplotlib is missing; run: python -m pip')
 
 
 @pytest.mark.parametrize('size', [(90, 120), (1100, 301), (301, 1100), (3, 2001)])
@@ -548,8 +548,8 @@ def test_progress_bar_is_for_terminals(cli, monkeypatch):
     assert list(show('picture')(iter('abc'), 3)) == ['a', 'b', 'c']
     assert terminal.text == ''  # over within a second
     monkeypatch.setattr(tqdm, 'tqdm', lambda results, **options: (terminal.write(f'{options}'), results)[1])
-    list(show('picture')(iter('abc'), 3))
-    assert "'total': 3" in terminal.text
+    list(show('strip', ' 24 megapixels')(iter('abc'), 3, 'correcting'))
+    assert "'desc': 'correcting 24 megapixels', 'total': 3" in terminal.text
     rg.logger.setLevel('WARNING')
     terminal.text = ''
     list(show('picture')(iter('abc'), 3))

@@ -130,7 +130,7 @@ def test_points_from_option_file_and_standard_input_are_the_same(cli, monkeypatc
     ('30 30 40 40 50', 2, '5 coordinates are not pairs'),
     ('30 30 40 forty 50 50', 2, "'forty' is not a number of pixels"),
     ('-30 30 40 40 50 50', 1, 'first point has a minus sign'),
-    ('30 30 23 40 50 50', 1, 'sky.tif: point (23, 40) is within 24 pixels of the border; use a smaller sigma or move it'),
+    ('30 30 23 40 50 50', 1, 'sky.tif: point (23, 40) is within 24 pixels of the border; use a smaller sigma'),
     ('30 30 40 400 50 50', 1, 'sky.tif: point (40, 400) is outside of the picture, 120 x 90 pixels'),
     ('30 30 -0 -90 50 50', 1, 'outside'),
     ('30 30 40 40 30 30', 1, 'point (30, 30), number 3, repeats number 1'),
@@ -332,7 +332,7 @@ def test_out_of_memory(cli, monkeypatch):
     def give_up(*_):
         raise MemoryError
     monkeypatch.setattr(rg.TiffImage, 'read', give_up)
-    cli.fails(match='sky.tif: not enough memory; lower --rows')
+    cli.fails(match='sky.tif: not enough memory, or no more threads allowed; a smaller --rows may help')
 
 
 # ---- for real -------------------------------------------------------------------------------------------------------

@@ -304,8 +304,8 @@ def test_without_display_or_toolkit(cli, monkeypatch):
     cli.fails('--edit', points=[], match='--edit needs a toolkit for windows; run: apt install python3-tk, or: pip')
     monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: True)
     cli.fails('--edit', points=[], match='--edit can not open the display :98765')
-    monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: None)
-    cli.fails('--edit', points=[], match="--edit needs matplotlib; run: pip install matplotlib")
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    cli.fails('--edit', points=[], match='needs matplotlib: matplotlib is missing; run: python -m pip')
 
 
 @pytest.fixture

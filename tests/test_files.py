@@ -260,7 +260,7 @@ def is_writing(process, folder):
 def test_kill_at_any_moment_leaves_nothing(cli):
     rng = np.random.default_rng(1)
     tifffile.imwrite('sky.tif', rng.integers(1000, 2000, (700, 700, 3), np.uint16), photometric='rgb')
-    arguments = ['-q', '-i', 'sky.tif', '-o', 'out.tif', '-b', 'bg.tif', '-c', 9, '-p', *words(cli.points)]
+    arguments = ['-q', '-i', 'sky.tif', '-o', 'out.tif', '-b', 'bg.tif', '-c', 9, '-p', *words(cli.points * 6)]
     start, n_writing = time.monotonic(), 0
     assert run(*arguments, cwd=cli.folder).communicate()[1] == ''
     duration = time.monotonic() - start
@@ -302,6 +302,16 @@ def test_signals_leave_nothing(cli, number, status, overwrite):
     assert 'error' not in message
     assert cli.files() == (['out.tif'] if overwrite else []) + ['sky.tif']
     assert not overwrite or (cli.folder / 'out.tif').read_text() == 'old'
+
+
+def test_two_signals_at_once(cli):
+    for delay in np.linspace(0.1, 0.5, 8):
+        process = run('-i', 'sky.tif', '-o', 'out.tif', '-q', '-p', *words(cli.points), '--overwrite', cwd=cli.folder)
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGHUP)
+        _, message = process.communicate(timeout=60)
+        assert message == ''
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/maps'), reason='needs /proc')

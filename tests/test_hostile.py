@@ -7,6 +7,8 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -141,6 +143,71 @@ def test_tag_that_claims_gigabytes(cli):
     status, said = quickly(cli)
     assert status == 0
     assert 'hostile.tif: tag 60000 cannot be read and is left out' in said
+
+
+@pytest.mark.parametrize('code', [273, 282, 330, 338, 339, 258, 270, 50838])
+def test_tags_given_again_and_again(cli, code):
+    """2000 entries of one tag, each with the same 2 MB: tifffile would load them all."""
+    path = cli.folder / 'hostile.tif'
+    write_tiff(path, {**TAGS, **{60000 + i: (7, [0] * 5) for i in range(2000)}}, [GRAY.tobytes()])
+    data = bytearray(path.read_bytes())
+    start = len(data)
+    offset, = struct.unpack_from('<I', data, 4)
+    for i in range(struct.unpack_from('<H', data, offset)[0]):
+        at = offset + 2 + 12 * i
+        if struct.unpack_from('<H', data, at)[0] >= 60000:
+            struct.pack_into('<HHII', data, at, code, 4, 500000, start)
+    path.write_bytes(data + bytes(2 * 10**6))
+    assert quickly(cli)[0] in (0, 1)
+
+
+def test_tile_far_larger_than_the_picture(cli):
+    tags = {**TAGS, 259: (3, [8]), 322: (4, [23168]), 323: (4, [23168])}
+    write_tiff(cli.folder / 'hostile.tif', tags, [zlib.compress(bytes(2 * 23168 * 2000))])
+    status, said = quickly(cli)
+    assert status == 1
+    assert 'hostile.tif: damaged: ' in said
+
+
+def test_names_and_tags_that_libraries_know_are_no_matter(cli):
+    """tifffile goes by some endings of names and by some tags; a description need not be what it begins like."""
+    tifffile.imwrite('x.ndpi', cli.sky, photometric='rgb')
+    assert cli('-i', 'x.ndpi') == 0
+    write_tiff(cli.folder / 'lsm.tif', {**TAGS, 34412: (1, bytes(500))}, [GRAY.tobytes()])
+    assert cli('-i', 'lsm.tif', '--overwrite') == 0
+    for text in (b'{"shape": [1 2, 90, 120]}', b'{"shape": [,]}', b'ImageJ=\nimages=x\n', b'<OME'):
+        write_tiff(cli.folder / 'text.tif', {**TAGS, 270: (2, text + b'\0')}, [GRAY.tobytes()])
+        assert cli('-i', 'text.tif', '--overwrite') == 0
+        assert read_tags(cli.folder / 'out.tif')[270][2] == text + b'\0'
+
+
+def test_numbers_that_are_none(cli):
+    sky = draw(n_channels=1, dtype=np.float32)[0]
+    sky.view(np.uint32)[2, 60] = 0x7f800001  # a signaling NaN
+    tifffile.imwrite('sky.tif', sky, photometric='miniswhite')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert cli() == 0
+        huge = draw(n_channels=1, dtype=np.float64)[0]
+        huge[3, 3] = 1.7e308
+        tifffile.imwrite('sky.tif', huge)
+        for arguments in (['--divide'], ['--sky', '1000']):
+            assert cli('--overwrite', *arguments) == 0
+    cli.fails('--overwrite', '--divide', '--sky', '1e18', match='a sky level of 1e+18 is too far from that')
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='limits of Linux')
+@pytest.mark.parametrize('variables', [{'MPLBACKEND': 'foo'}, {'MPLCONFIGDIR': '/proc/x'}, {'MATPLOTLIBRC': 'rc'}])
+def test_matplotlib_says_nothing(cli, variables):
+    (cli.folder / 'rc').write_text('no such key: 3\nlines.linewidth: wide\n')
+    (cli.folder / 'tmp').mkdir()
+    command = [sys.executable, str(ROOT / 'rmgradient.py'), '-q', '-i', 'sky.tif', '--preview', 'p.png', '-p',
+               *words(cli.points)]
+    done = subprocess.run(command, cwd=cli.folder, capture_output=True, text=True,
+                          env={**os.environ, 'TMPDIR': str(cli.folder / 'tmp'), **variables})
+    assert all(line.startswith('rmgradient: ') for line in done.stderr.splitlines()), done.stderr
+    assert done.returncode == (1 if 'MPLBACKEND' in variables else 0)
+    assert os.listdir(cli.folder / 'tmp') == []
 
 
 def test_system_that_reads_little_at_once(cli, monkeypatch):
@@ -356,7 +423,7 @@ def test_no_more_results_wait_than_said():
         waiting[0] += 1
         most[0] = max(most[0], waiting[0])
         return i
-    with rg.threads(lambda results, total: results) as starmap:
+    with rg.threads(lambda results, *_: results) as starmap:
         for i, result in enumerate(starmap(work, [(i,) for i in range(200)])):
             assert result == i
             waiting[0] -= 1

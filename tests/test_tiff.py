@@ -133,7 +133,7 @@ def test_segments_are_decoded_once(tmp_path):
 def test_many_threads_read_the_same(tmp_path):
     sky, _ = draw(height=300)
     tifffile.imwrite(tmp_path / 'a.tif', sky, photometric='rgb', compression='zlib', rowsperstrip=31)
-    with rg.TiffImage(str(tmp_path / 'a.tif')) as image, rg.threads(lambda results, total: results) as starmap:
+    with rg.TiffImage(str(tmp_path / 'a.tif')) as image, rg.threads(lambda results, *_: results) as starmap:
         groups = rg.row_groups(300, 10) * 5
         for (start, stop), rows in zip(groups, starmap(image.read, groups)):
             assert_array_equal(rows, sky[start:stop])
