@@ -35,12 +35,22 @@ import os
 import signal
 import sys
 
+
+def say_out_of_memory(kind, error, trace):
+    """Say in one line that memory was short while this program was loaded, which Python does in its own words."""
+    if issubclass(kind, (MemoryError, SystemError)):
+        sys.stderr.write('rmgradient: error: not enough memory\n')
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 if IS_COMMAND := os.path.splitext(os.path.basename(''.join(sys.argv[:1])))[0] == 'rmgradient':
     # The process is ours alone, and short. An interruption while libraries load ends it quietly; main() takes over
     # later. Loading makes much and frees nothing: no garbage is collected meanwhile. Our own threads take strips
     # each: more of them inside of small matrix products would only be in their way. Freed memory is kept for the next
     # strip: to have it mapped and zeroed anew takes longer than to fill it. And run() ends the process at once.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.excepthook = say_out_of_memory
     gc.disable()
     os.environ.update(dict.fromkeys(
         ('OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'OMP_NUM_THREADS', 'VECLIB_MAXIMUM_THREADS'), '1'))
@@ -3741,11 +3751,7 @@ def run():
     """
     gc.freeze()  # the libraries are there to stay
     gc.enable()
-    try:
-        status = main()
-    except MemoryError:  # before there is any message
-        sys.stderr.write('rmgradient: error: not enough memory\n')
-        status = 1
+    status = main()
     if 'matplotlib' in sys.modules:
         atexit._run_exitfuncs()  # it removes a temporary folder
     with contextlib.suppress(AttributeError, OSError):  # closed, or broken

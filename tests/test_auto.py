@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Points that are chosen, points that are saved, and the preview."""
 import contextlib
+import functools
 import re
 import sys
 
@@ -18,7 +19,13 @@ import rmgradient as rg
 HEIGHT, WIDTH = 600, 900
 
 
-def sky_with(nebula=0.0, glow=2000.0, border=False, seed=11, n_channels=3):
+def sky_with(*arguments, **more):
+    """Return copies of what `draw_sky` draws once."""
+    return [part.copy() for part in draw_sky(*arguments, **more)]
+
+
+@functools.lru_cache
+def draw_sky(nebula=0.0, glow=2000.0, border=False, seed=11, n_channels=3):
     """Return a uint16 sky of a dome, stars and noise, its background, and the light of a nebula in a quarter of it."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]

@@ -416,7 +416,8 @@ def test_system_that_is_not_posix(cli):
     tifffile.imwrite('deflate.tif', cli.sky, photometric='rgb', compression='zlib', rowsperstrip=16)
     (cli.folder / 'damaged.tif').write_bytes((cli.folder / 'sky.tif').read_bytes()[:-100])
     code = ('import os, signal, sys; import numpy, scipy.interpolate, tifffile\n'
-            'for module, name in [(os, "pread"), (os, "sched_getaffinity"), (os, "O_DIRECTORY"), (signal, "SIGHUP")]:\n'
+            'for module, name in [(os, "pread"), (os, "sched_getaffinity"), (os, "O_DIRECTORY"), (os, "O_TMPFILE"), '
+            '(os, "chown"), (signal, "SIGHUP")]:\n'
             '    if hasattr(module, name): delattr(module, name)\n'
             'import rmgradient; sys.exit(rmgradient.main(sys.argv[1:]))')
     for name, status in [('sky.tif', 0), ('deflate.tif', 0), ('damaged.tif', 1)]:

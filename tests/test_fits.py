@@ -174,7 +174,7 @@ def test_headers_behind_the_picture_may_be_anything(run):
 
 def test_everything_that_tiff_has(run):
     """Automatic points, a reference of the other format, the preview, several pictures."""
-    sky = tifffile.imread(ROOT / 'test_data' / 'sky.tif')
+    sky = tifffile.imread(ROOT / 'test_data' / 'sky.tif')[:240, :360]
     fits.writeto('sky.fits', planes(sky))
     tifffile.imwrite('sky.tif', sky, photometric='rgb')
     cli = run.cli
@@ -308,7 +308,9 @@ def test_damaged_files(run):
     with open(run.cli.folder / 'blanks.fits', 'wb') as file:  # a gigabyte of header, most of it a hole
         file.write(good[:400])
         file.truncate(10**9)
-    run.cli.fails('-i', 'blanks.fits', '-o', 'x.fits', match='damaged: no END in 36000 cards')
+    assert run.cli('-i', 'blanks.fits', '-o', 'x.fits') == 1
+    assert 'damaged: no END in 36000 cards' in run.cli.stderr
+    (run.cli.folder / 'blanks.fits').unlink()
     refused(run, header(**{**PRIMARY, 'NAXIS': '0', 'EXTEND': 'T'}) + 200 * header(
         **{'XTENSION': "'IMAGE   '", 'BITPIX': '8', 'NAXIS': '0', 'PCOUNT': '0', 'GCOUNT': '1'}), 'no picture in it')
 
