@@ -27,6 +27,11 @@ Examples: points chosen automatically, and points from a file through xargs.
     cat test_data/skypoints | xargs python rmgradient.py -i test_data/sky.tif \
         -o sky_out.tif -b sky_background.tif -p
 """
+# The rooms, each using those above it. Errors; Points, from words to places; Levels, their blurred colors; Choice of
+# the model, Model, its evaluation, and Misfits, points that do not fit it; Reference and Automatic points, two ways to
+# tell a nebula from a glow; Sky level and Correction, from background to pixels: none of these opens a file or prints.
+# Then files: Pictures, what each format fills in; TIFF directories, input and output; FITS; Formats, by their content;
+# Files, complete or not at all. Then people: Preview; Editor; Pipeline, the whole job; Command line.
 from __future__ import annotations
 
 import ctypes
@@ -110,13 +115,6 @@ logger = logging.getLogger('rmgradient')
 SIGMA = 8.0  # pixels; wide enough to average the noise, narrow enough to fit between stars
 ROWS = 100  # rows read, corrected and written together
 AUTO = 15  # points along the longer side
-SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the distance between points
-SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
-LEAST_SPAN = 0.15  # of the picture's area, were the points spread evenly; with less, most is extrapolated
-MISFIT = 6.0  # a point is worth a warning if it is off by this many standard deviations
-LEAST_PLACES = 8  # that a model is chosen from
-MOST_POINTS = 5000  # that a model is fitted to
-BLOCK = 2**17  # float64 values at a time, 1 MB: with fewer, threads wait for the interpreter; more leave the cache
 N_WORKERS = min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 16)
 OUTPUTS = {'output': '', 'background': '', 'save_points': '.txt', 'preview': '.png'}  # endings in a folder
 SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
@@ -149,6 +147,9 @@ def about(name):
 
 
 # ---- Points ---------------------------------------------------------------------------------------------------------
+
+MOST_POINTS = 5000  # that a model is fitted to
+
 
 class Points(NamedTuple):
     """Places on the background, in pixels, each with the place where its level is measured.
@@ -408,21 +409,12 @@ def _blur(image, top, left, kernel):
 
 
 def no_data(rows):
-    """Tell where whole rows of a picture have no data, as beside the frame of a registered stack.
+    """Tell where rows of a picture, (n_rows, width, n_channels), have no data, as beside the frame of a registered
+    stack.
 
-    Parameters
-    ----------
-    rows : (n_rows, width, n_channels) ndarray
-
-    Returns
-    -------
-    (n_rows, width) bool ndarray
-        True for pixels that are 0 or not finite in all channels, and so are all others from there to the left or the
-        right border. Zeros inside of the frame are data.
-
-    Notes
-    -----
-    The frame that holds data is convex, so that what is outside of it is at the start and at the end of rows.
+    Returns (n_rows, width) bool: pixels that are 0 or not finite in all channels, and so are all others from
+    there to the left or the right border. The frame that holds data is convex, so that zeros inside of it are
+    data.
     """
     empty = np.zeros(rows.shape[:2], bool)
     reaches = is_empty(rows[:, [0, -1]]).any(axis=1)
@@ -479,6 +471,11 @@ def _blas():
 
 # ---- Choice of the model --------------------------------------------------------------------------------------------
 
+SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the distance between points
+SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
+LEAST_PLACES = 8  # that a model is chosen from
+
+
 def distances_between(a, b):
     """Return the (n_a, n_b) distances between (n_a, 2) and (n_b, 2) places."""
     return np.hypot(*(a[:, None] - b).transpose(2, 0, 1))
@@ -527,32 +524,23 @@ class Choice(NamedTuple):
 def choose_model(centers, levels, leader):
     """Choose trend, shape and smoothness of the model that fits levels best where there are none, and solve it.
 
-    Parameters
-    ----------
-    centers : (n_points, 2) float64 ndarray
-    levels : (n_points, n_channels) float64 ndarray
-    leader : (n_points,) int ndarray
-        Equal for points that share one level.
+    Takes (n_points, 2) centers, (n_points, n_channels) levels and the leader of each, equal for points that
+    share a level; returns one Choice for all channels, so that colors stay together.
 
-    Returns
-    -------
-    Choice
-        One for all channels, so that colors stay together.
+    With trend P and kernel matrix A of the multiquadric, weights w and trend b solve `(A - smooth) w + P b =
+    levels` under `P' w = 0`: the trend takes all it can, and what is left to the multiquadric is a well-posed
+    problem, since -A is positive definite at right angles to P (Micchelli 1986, Constructive Approximation 2,
+    11).
 
-    Notes
-    -----
-    With trend P and kernel matrix A of the multiquadric, weights w and trend b solve `(A - smooth) w + P b = levels`
-    under `P' w = 0`: the trend takes all it can, and what is left to the multiquadric is a well-posed problem, since
-    -A is positive definite at right angles to P (Micchelli 1986, Constructive Approximation 2, 11).
+    The same equations are those of kriging: a random field of covariance -A about the trend, seen through noise
+    of variance `smooth`. Shape and smoothness are those that make the levels most likely, whatever the trend is
+    (restricted maximum likelihood; Wahba 1990, Spline Models for Observational Data, section 4.8). With a dozen
+    noisy points this is a steadier judge than leave-one-out errors, which now and then praise a bold surface by
+    luck. Likelihoods of different trends don't compare, so the trend is chosen by leave-one-out errors
+    (`left_out_errors`).
 
-    The same equations are those of kriging: a random field of covariance -A about the trend, seen through noise of
-    variance `smooth`. Shape and smoothness are those that make the levels most likely, whatever the trend is
-    (restricted maximum likelihood; Wahba 1990, Spline Models for Observational Data, section 4.8). With a dozen noisy
-    points this is a steadier judge than leave-one-out errors, which now and then praise a bold surface by luck.
-    Likelihoods of different trends don't compare, so the trend is chosen by leave-one-out errors (`left_out_errors`).
-
-    In the eigenvectors V of -A at right angles to the mean, with eigenvalues l, every smoothness and every trend cost a
-    few sums: one decomposition a shape serves them all.
+    In the eigenvectors V of -A at right angles to the mean, with eigenvalues l, every smoothness and every trend
+    cost a few sums: one decomposition a shape serves them all.
     """
     rounding = 1e-10 * np.abs(levels).max(axis=0)
     scale = levels.std(axis=0) + rounding + np.finfo(float).tiny
@@ -650,22 +638,12 @@ def _solve(centers, levels, leader, distances, spacing, trend, terms, residuals,
 
 
 def left_out_errors(weights, precision, leader):
-    """Return level minus prediction from the points with other levels, at each point.
+    """Return level minus prediction from the points with other levels, in data units and standardized.
 
-    Parameters
-    ----------
-    weights, precision, leader : ndarrays
-        See `Choice`. Points with the same leader are left out together.
-
-    Returns
-    -------
-    errors, standardized : (n_points, n_channels) ndarrays
-        In data units, and in units of the standard deviation that the model expects, up to a common factor.
-
-    Notes
-    -----
-    With precision G, the errors of points i left out together are `-G_ii^-1 w_i`: no model needs to be fitted anew
-    (Rippa 1999, Advances in Computational Mathematics 11, 193, for single points).
+    Arguments as in `Choice`; both (n_points, n_channels), the latter in units of the standard deviation that the
+    model expects, up to a common factor. With precision G, the errors of points i left out together are
+    `-G_ii^-1 w_i`: no model needs to be fitted anew (Rippa 1999, Advances in Computational Mathematics 11, 193,
+    for single points).
     """
     # A point without which the others do not determine the trend can't be judged, and gets no error.
     diagonal = np.diag(precision)
@@ -696,6 +674,9 @@ def leave_out(choice, out):
 
 
 # ---- Model ----------------------------------------------------------------------------------------------------------
+
+BLOCK = 2**17  # float64 values at a time, 1 MB: with fewer, threads wait for the interpreter; more leave the cache
+
 
 class BackgroundModel:
     """A fitted background: a plane plus a multiquadric for each channel.
@@ -733,20 +714,12 @@ class BackgroundModel:
         return BackgroundModel(centers, self.weights, self.epsilon / factor, plane, self.choice)
 
     def blocks(self, start, stop, width):
-        """Evaluate rows start to stop - 1, block by block.
+        """Evaluate rows start to stop - 1: yield rows (counted from start) and columns of blocks as slices, and
+        their values.
 
-        Yields
-        ------
-        rows, columns : slice
-            Place of the block, rows counted from start.
-        background : (n_rows, n_columns, n_channels) float64 ndarray
-            In data units.
-
-        Notes
-        -----
         The surface is evaluated at Chebyshev nodes (see `chebyshev_panels`) and expanded to pixels by two matrix
-        products, first along x, then along y. Memory: 8 bytes x n_channels x width x (nodes along y), and one block,
-        1 MB unless a single column of the rows is more.
+        products, first along x, then along y. Memory: 8 bytes x n_channels x width x (nodes along y), and one
+        block, 1 MB unless a single column of the rows is more.
         """
         for top, y_matrix, along_x in self._panels(start, stop, width):
             step = max(1, BLOCK // (len(y_matrix) * self.n_channels))
@@ -801,30 +774,19 @@ class BackgroundModel:
 
 @functools.lru_cache(maxsize=16)
 def chebyshev_panels(n_pixels, epsilon):
-    """Place nodes from which a multiquadric is known at every pixel of a line, to rounding.
+    """Place nodes from which a multiquadric of shape epsilon is known at every pixel of a line, to rounding.
 
-    Parameters
-    ----------
-    n_pixels : int
-    epsilon : float
-        Shape of the multiquadric, in pixels.
+    Returns (n_panels, n_nodes) positions relative to the first pixel, and the (n_panel_pixels, n_nodes) matrix
+    that takes values at the nodes of a panel to values at its pixels. The panels are equally long; the last one
+    may end behind the line.
 
-    Returns
-    -------
-    nodes : (n_panels, n_nodes) ndarray
-        Positions relative to the first pixel. The panels are equally long; the last one may end behind the line.
-    matrix : (n_panel_pixels, n_nodes) ndarray
-        Takes values at the nodes of a panel to values at its pixels.
-
-    Notes
-    -----
-    Along a line, sqrt((r / epsilon)^2 + 1) is singular no closer to the real axis than epsilon. On an interval of
-    half length h it is analytic inside of the Bernstein ellipse of parameter rho = s + sqrt(1 + s^2), s = epsilon / h,
-    and bounded on it by some M, so that the polynomial of degree n through Chebyshev nodes is off by at most
-    4 M rho^-n / (rho - 1): Trefethen, Approximation Theory and Approximation Practice, theorem 8.2. The degree is the
-    one that brings this below the rounding errors of the sum of multiquadrics itself, 2^-52 M. Panels two epsilon
-    long need the fewest operations, some 40 nodes. Where a panel has no more pixels than that, the pixels are the
-    nodes.
+    Along a line, sqrt((r / epsilon)^2 + 1) is singular no closer to the real axis than epsilon. On an interval
+    of half length h it is analytic inside of the Bernstein ellipse of parameter rho = s + sqrt(1 + s^2), s =
+    epsilon / h, and bounded on it by some M, so that the polynomial of degree n through Chebyshev nodes is off
+    by at most 4 M rho^-n / (rho - 1): Trefethen, Approximation Theory and Approximation Practice, theorem 8.2.
+    The degree is the one that brings this below the rounding errors of the sum of multiquadrics itself, 2^-52 M.
+    Panels two epsilon long need the fewest operations, some 40 nodes. Where a panel has no more pixels than
+    that, the pixels are the nodes.
     """
     n_panels = math.ceil(n_pixels / (2 * epsilon + 1))
     panel = math.ceil(n_pixels / n_panels)
@@ -889,6 +851,9 @@ def _fit_classic(centers, levels, smooth):
 
 
 # ---- Misfits --------------------------------------------------------------------------------------------------------
+
+MISFIT = 6.0  # a point is worth a warning if it is off by this many standard deviations
+
 
 def find_misfits(points: Points, levels: np.ndarray, noise: np.ndarray, choice: Choice) -> list[tuple[int, float]]:
     """Find points whose level stands out from what the others predict.
@@ -1180,27 +1145,17 @@ def with_rounding(noise, image, points, sigma):
 def find_consensus(sites):
     """Find the largest set of places that agree on one smooth surface to within the noise.
 
-    Parameters
-    ----------
-    sites : Sites
+    Returns sky, (n_places,) bool, and the standard deviation of its levels about the surface, in units of their
+    noise.
 
-    Returns
-    -------
-    sky : (n_places,) bool ndarray
-    scatter : float
-        Standard deviation of their levels about the surface, in units of their noise, of the channels together.
-
-    Notes
-    -----
-    A trimmed regression, in the manner of least trimmed squares and of the minimum covariance determinant (Rousseeuw
-    and Van Driessen 1999, Technometrics 41, 212; 2006, Data Mining and Knowledge Discovery 12, 29), over polynomials of
-    several degrees and from many starts: all places, and the farther half or three quarters from each of 6 x 5 centers,
-    one of which lies in the nebula. With residuals r, their covariance S and d = r' S^-1 r, steps of concentration keep
-    the half of smallest d; then all are kept that agree. The best has the highest likelihood, in which a place off the
-    surface costs as much as one sqrt(2 x `DROPPED`) deviations off, and a little more below, since nebulae shine, less
-    the information criterion's price of its terms.
-
-    Certain points weigh as much as half of the places together, and cost ten times as much off the surface.
+    A trimmed regression, in the manner of least trimmed squares and of the minimum covariance determinant
+    (Rousseeuw and Van Driessen 1999, Technometrics 41, 212; 2006, Data Mining and Knowledge Discovery 12, 29),
+    over polynomials of several degrees and from many starts: all places, and the farther half or three quarters
+    from each of 6 x 5 centers, one of which lies in the nebula. With residuals r, their covariance S and d = r'
+    S^-1 r, steps of concentration keep the half of smallest d; then all are kept that agree. The best has the
+    highest likelihood, in which a place off the surface costs as much as one sqrt(2 x `DROPPED`) deviations off,
+    and a little more below, since nebulae shine, less the information criterion's price of its terms. Certain
+    points weigh as much as half of the places together, and cost ten times as much off the surface.
     """
     certain, places = sites.certain, 2 * sites.points.centers / sites.size - 1
     # Without noise, what is left is rounding.
@@ -1243,12 +1198,8 @@ def find_consensus(sites):
 class Surfaces:
     """Least squares of one set of terms to the same levels at many sets of places, all at once.
 
-    Parameters
-    ----------
-    terms : (n_places, n_terms) ndarray
-    levels : (n_places, n_channels) ndarray
-        In units of their noise.
-    weights : (n_places,) ndarray
+    From (n_places, n_terms) terms, (n_places, n_channels) levels in units of their noise, and (n_places,)
+    weights.
     """
 
     def __init__(self, terms, levels, weights):
@@ -1259,13 +1210,10 @@ class Surfaces:
         self._known = (weighted[:, :, None] * levels[:, None]).reshape(n_places, -1)
 
     def fit(self, sets):
-        """Return for (n_sets, n_places) sets all residuals, their covariances, and all squared distances in them.
+        """Return of (n_sets, n_places) sets, ones and zeros, all residuals, their covariances, and all squared
+        distances.
 
-        Returns
-        -------
-        residuals : (n_sets, n_places, n_channels) ndarray
-        covariance : (n_sets, n_channels, n_channels) ndarray
-        distances : (n_sets, n_places) ndarray
+        Shapes (n_sets, n_places, n_channels), (n_sets, n_channels, n_channels) and (n_sets, n_places).
         """
         n_sets, n_terms, n_channels = len(sets), self.n_terms, self._levels.shape[1]
         normal = (sets @ self._normal).reshape(n_sets, n_terms, n_terms)
@@ -1699,29 +1647,12 @@ def dither_noise(start, stop, width, n_channels, stream=0):
 
 
 def correct_rows(strip, start, model, method='subtract', sky=None, dither=False, keep_no_data=True, blank=None):
-    """Remove the background from rows of the picture, in place.
+    """Remove the background from rows of the picture from start on, (n_rows, width, n_samples), in place.
 
-    Parameters
-    ----------
-    strip : (n_rows, width, n_samples) ndarray
-        Color channels first; further samples stay as they are.
-    start : int
-        First row.
-    model : BackgroundModel
-        Above the level of the sky.
-    method, sky
-        See `correct`.
-    dither : bool
-        Whether integers are dithered before they are rounded, see `dither_noise`.
-    keep_no_data : bool
-        Whether pixels without data stay as they are, see `no_data`.
-    blank : int, optional
-        Value that stands for no data anywhere: it stays, and nothing else becomes it.
-
-    Returns
-    -------
-    (2,) int ndarray
-        Pixels that became black and white, see `newly_limited`.
+    Color channels come first; further samples stay as they are. The model is above the level of the sky; method
+    and sky as in `correct`. Pixels without data may stay as they are, see `no_data`. `blank` is a value that
+    stands for no data anywhere: it stays, and nothing else becomes it. Returns how many pixels became black and
+    white, see `newly_limited`.
     """
     stop, width, n_channels = start + len(strip), strip.shape[1], model.n_channels
     noise = dither_noise(start, stop, width, n_channels) if dither else None
@@ -1848,8 +1779,8 @@ class Picture:
 # ---- TIFF directories -----------------------------------------------------------------------------------------------
 
 SHORT, LONG, LONG8, IFD8 = 3, 4, 16, 18
-TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-NUMBERS = {1: 'B', 3: 'H', 4: 'I', 13: 'I', 16: 'Q', 18: 'Q'}  # unsigned integers, for struct
+TYPE_SIZES = {int(code): struct.calcsize(f'={format_}') for code, format_ in tifffile.TIFF.DATA_FORMATS.items()}
+NUMBERS = {code: tifffile.TIFF.DATA_FORMATS[code][-1] for code in (1, 3, 4, 13, 16, 18)}  # unsigned integers
 
 
 class Tag(NamedTuple):
@@ -1869,18 +1800,9 @@ def directory_structs(byteorder, bigtiff):
 class TiffBytes(RandomAccess):
     """The bytes of an open TIFF file and the directories in it; may be used from several threads.
 
-    Attributes
-    ----------
-    byteorder : str
-        '<' or '>'.
-    bigtiff : bool
-    first : int
-        Offset of the first directory.
-
-    Notes
-    -----
-    Directories and values can point anywhere, also to the same bytes. So that reading them stays cheap, what they
-    declare all together is never more than the file has, and no directory is read twice.
+    `byteorder` is '<' or '>', `first` the offset of the first directory. Directories and values can point
+    anywhere, also to the same bytes. So that reading them stays cheap, what they declare all together is never
+    more than the file has, and no directory is read twice.
     """
 
     def __init__(self, file):
@@ -1964,9 +1886,6 @@ COMPRESSIONS = {1: 1, 5: 1400, 8: 1040, 32946: 1040, 32773: 64, 34925: 10000, 50
 NAMES_OF_COLORS = {3: 'a palette', 4: 'a transparency mask', 5: 'CMYK', 6: 'YCbCr', 8: 'CIE Lab', 9: 'ICC Lab',
                    10: 'ITU Lab', 32803: 'a raw color filter array', 34892: 'linear raw', 32844: 'CIE Log L',
                    32845: 'CIE Log Luv'}
-NAMES_OF_COMPRESSIONS = {2: 'CCITT', 3: 'CCITT fax 3', 4: 'CCITT fax 4', 6: 'old JPEG', 7: 'JPEG', 33003: 'JPEG 2000',
-                         33005: 'JPEG 2000', 34712: 'JPEG 2000', 34887: 'LERC', 50001: 'WebP', 50002: 'JPEG XL',
-                         52546: 'JPEG XL'}
 
 
 class TiffProfile(NamedTuple):
@@ -1983,16 +1902,10 @@ class TiffProfile(NamedTuple):
 
 
 class TiffImage(Picture):
-    """An open TIFF picture. Gray ones whose zero is white are read inverted, so that light is positive.
+    """An open TIFF picture, with a TiffProfile. Gray ones whose zero is white are read inverted: light is positive.
 
-    Attributes
-    ----------
-    profile : TiffProfile
-
-    Notes
-    -----
-    Memory: of an uncompressed file, no more than the rows asked for. Of a compressed one, the segments (strips or
-    tiles) that hold the rows, decoded, and those of the requests under way in other threads.
+    Memory: of an uncompressed file, no more than the rows asked for. Of a compressed one, the segments (strips
+    or tiles) that hold the rows, decoded, and those of the requests under way in other threads.
     """
 
     name, endings = 'TIFF', ('.tif', '.tiff')
@@ -2205,7 +2118,7 @@ def check_page(page):
     if page.planarconfig not in (1, 2):
         raise RmgradientError(f'damaged: planar configuration {page.planarconfig}')
     if page.compression not in COMPRESSIONS:
-        name = NAMES_OF_COMPRESSIONS.get(int(page.compression), f'of unknown kind {int(page.compression)}')
+        name = getattr(page.compression, 'name', f'of unknown kind {int(page.compression)}')
         raise RmgradientError(f'compression is {name}; save with LZW, deflate or without compression')
     if page.predictor not in (1, 2, 3) or page.predictor == 3 and dtype.kind != 'f':
         raise RmgradientError(f'damaged: predictor {int(page.predictor)} for {dtype}')
@@ -2249,22 +2162,11 @@ def check_segments(page, file_size):
 # ---- TIFF output ----------------------------------------------------------------------------------------------------
 
 class TiffStrips:
-    """A TIFF of the kind of another that is written strip by strip into a file.
+    """A TIFF like the one of a TiffProfile that is written strip by strip, of some rows, into a seekable file.
 
-    Parameters
-    ----------
-    file : binary file, open for writing at its start, seekable
-    profile : TiffProfile
-        Of the other; with fewer samples, extra ones are left out.
-    rows : int
-        Rows a strip; the last one may have fewer.
-    compress : int
-        0: none, 1 to 9: deflate of that level, with a predictor.
-
-    Notes
-    -----
-    tifffile writes most of what is needed, but neither rational numbers nor resolutions nor sub-directories byte for
-    byte, so that the directory is put together here.
+    `compress` is 0 or the level of deflate, with a predictor. tifffile writes most of what is needed, but
+    neither rational numbers nor resolutions nor sub-directories byte for byte, so that the directory is put
+    together here.
     """
 
     def __init__(self, file, profile, rows, compress):
@@ -2490,21 +2392,11 @@ def turn_sign(values, dtype):
 
 
 class FitsPlanes:
-    """A FITS file like another whose planes are written group of rows by group of rows.
+    """A FITS file like another, the source, whose planes are written group of rows by group of rows into a seekable
+    file.
 
-    All other headers and data are copied, and all cards but those that describe the old pixels; a HISTORY card is new.
-
-    Parameters
-    ----------
-    file : binary file, open for writing at its start, seekable
-    source : RandomAccess
-        The other file.
-    header : FitsHeader
-        Of its picture.
-    stored : numpy.dtype
-        Of the numbers in the file.
-    kind : str
-        'output' or 'background'.
+    All other headers and data are copied, and all cards but those that describe the old pixels; a HISTORY card
+    is new. `header` is that of the picture, `stored` the dtype in the file, kind 'output' or 'background'.
     """
 
     def __init__(self, file, source, header, stored, kind):
@@ -2594,15 +2486,7 @@ def check_output(image, path, compress):
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
 def check_paths(inputs, outputs, overwrite):
-    """Raise RmgradientError if an output can't be written or would harm an input or another output.
-
-    Parameters
-    ----------
-    inputs : list of str
-    outputs : list of str
-    overwrite : bool
-        Whether outputs may exist.
-    """
+    """Raise RmgradientError if an output can't be written or would harm an input or another output."""
     sources = {_identity(path): path for path in inputs if os.path.exists(path)}
     places = {}
     for path in outputs:
@@ -2645,25 +2529,14 @@ def is_device(path):
 
 @contextlib.contextmanager
 def whole_files(outputs, overwrite):
-    """Give files to write that all appear under their names when the block ends well, or none of them.
+    """Give files to write, {key: file} for {key: path}, that all appear when the block ends well, or none of them.
 
-    Parameters
-    ----------
-    outputs : dict of str
-        Paths, checked by `check_paths`. A symbolic link stays, and the file that it points to is written.
-    overwrite : bool
-        Whether files may be replaced. If not, a file that appears meanwhile is left alone, and is an error.
+    The paths are checked by `check_paths`. A symbolic link stays, and the file that it points to is written. If
+    files may not be replaced, one that appears meanwhile is left alone, and is an error.
 
-    Yields
-    ------
-    dict of binary files
-        With the keys of the outputs.
-
-    Notes
-    -----
-    Where the system can (Linux), a file has no name until it is complete, so that nothing is left of it however the
-    program ends; elsewhere it has a random name in the folder of its path. It is synchronized, and linked or renamed to
-    the path. A file that is replaced leaves its mode, and its owner where that is allowed.
+    Where the system can (Linux), a file has no name until it is complete, so that nothing is left of it however
+    the program ends; elsewhere it has a random name in the folder of its path. It is synchronized, and linked or
+    renamed to the path. A file that is replaced leaves its mode, and its owner where that is allowed.
     """
     with contextlib.ExitStack() as stack:
         files, sources = {}, {}
@@ -2807,14 +2680,15 @@ def signals_handled(handler):
 def read_binned(image, left, right, top, bottom, n=1000):
     """Return a part of the picture in at most about n x n pixels, float64, and how many pixels make one side of these.
 
-    Columns are averaged; of the rows of a block no more than four are read, so that a large picture opens as fast as a
-    small one.
+    Columns are averaged; of the rows of a block no more than four are read, of a large block one, so that a large
+    picture opens as fast as a small one.
     """
     factor, rows = max(1, -(-max(right - left, bottom - top) // n)), []
     edges = np.arange(0, right - left, factor)
     counts = np.diff([*edges, right - left])[:, None]
     for start in range(top, bottom, factor):
-        some = image[start:min(start + factor, start + 4, bottom), left:right].astype(float).mean(axis=0)
+        stop = min(start + min(factor, 4 if factor < 8 else 1), bottom)
+        some = image[start:stop, left:right].astype(float).mean(axis=0)
         rows.append(np.add.reduceat(some, edges, axis=0) / counts)
     return np.stack(rows), factor
 
@@ -3120,6 +2994,9 @@ class Editor:
 
 
 # ---- Pipeline -------------------------------------------------------------------------------------------------------
+
+LEAST_SPAN = 0.15  # of the picture's area, were the points spread evenly; with less, most is extrapolated
+
 
 def remove_gradient(image: np.ndarray, points: np.ndarray | Points | str, *, sigma: float = SIGMA,
                     smooth: float | str = 'auto', reference: np.ndarray | None = None,
