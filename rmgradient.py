@@ -11,10 +11,11 @@ The color of the sky is measured at points of empty sky, a smooth surface is
 fitted through these levels, and the surface is subtracted so that the
 background becomes level and gray.
 
-Points are pairs X Y of whole numbers, in pixels from the top left one (0 0),
-x to the right and y down. A pair with a minus sign before either number (-0
-too) lies on the isoline of the last pair without one: it has the same
-background level as that point, and is not measured.
+Points are pairs X Y of pixels, counted from the top left one (0 0), x to the
+right and y down; -a chooses them, -f reads a file of a pair a line. A pair
+with a minus sign before either number (-0 too) lies on the isoline of the
+last pair without one: it has the same background level as that point, and is
+not measured.
 
 The exit status is 0 when all is done, 1 if something about the picture, the
 points or the files is wrong, 2 for wrong usage, and 128 plus its number after
@@ -114,7 +115,7 @@ logger = logging.getLogger('rmgradient')
 
 SIGMA = 8.0  # pixels; wide enough to average the noise, narrow enough to fit between stars
 ROWS = 100  # rows read, corrected and written together
-AUTO = 15  # points along the longer side
+AUTO = 15  # cells along the longer side, from each of which a point is chosen
 N_WORKERS = min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 16)
 OUTPUTS = {'output': '', 'background': '', 'save_points': '.txt', 'preview': '.png'}  # endings in a folder
 SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
@@ -201,15 +202,15 @@ def parse_coordinates(words):
 
     Commas, semicolons and brackets may stand between numbers; decimals are rounded. -0 keeps its sign.
     """
-    numbers = []
+    found = []
     for word in re.split(r'[\s,;()\[\]{}]+', ' '.join(words).strip(' ,;()[]{}')) if words else []:
         if not re.fullmatch(r'[+-]?[0-9]{1,9}(\.[0-9]*)?', word, re.ASCII):
             raise RmgradientError(f'coordinate {word[:40]!r} is not a number of pixels')
-        numbers.append(math.copysign(round(abs(float(word))), -1 if word[0] == '-' else 1))
-    if len(numbers) % 2:
-        raise RmgradientError(f'{len(numbers)} coordinates are not pairs: the last one, {numbers[-1]:.0f}, has no '
+        found.append(math.copysign(round(abs(float(word))), -1 if word[0] == '-' else 1))
+    if len(found) % 2:
+        raise RmgradientError(f'{len(found)} coordinates are not pairs: the last one, {found[-1]:.0f}, has no '
                               'partner')
-    return np.array(numbers).reshape(-1, 2)
+    return np.array(found).reshape(-1, 2)
 
 
 def parse_points_file(lines):
@@ -234,7 +235,7 @@ def format_points(points):
     return [f'{"-" if on_isoline else ""}{x} {y}' for x, y, on_isoline in zip(points.x, points.y, points.on_isoline)]
 
 
-def make_points(pairs: np.ndarray, sources: Sequence[str] = ()) -> Points:
+def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) -> Points:
     """Sort out which points are measured and which are on an isoline.
 
     Parameters
@@ -244,6 +245,8 @@ def make_points(pairs: np.ndarray, sources: Sequence[str] = ()) -> Points:
         point without one.
     sources : sequence of str, optional
         Where each was read, for messages.
+    least : int
+        How many there have to be: three for a surface, one beside those that are chosen.
 
     Returns
     -------
@@ -252,7 +255,7 @@ def make_points(pairs: np.ndarray, sources: Sequence[str] = ()) -> Points:
     Raises
     ------
     RmgradientError
-        For anything but whole numbers, an isoline without a first point, a place given twice, less than three places,
+        For anything but whole numbers, an isoline without a first point, a place given twice, too few places,
         or more than `MOST_POINTS`: the time of a fit grows with the third power of their number, memory with the
         second.
     """
@@ -278,7 +281,7 @@ def make_points(pairs: np.ndarray, sources: Sequence[str] = ()) -> Points:
             raise RmgradientError(f'{points.describe([i])}, number {i + 1}, repeats number {seen[place] + 1}: '
                                   'remove one of them')
         seen[place] = i
-    if len(seen) < 3:
+    if len(seen) < least:
         raise RmgradientError(f'too few points, {len(seen)}; give at least three')
     return points
 
@@ -1030,7 +1033,10 @@ MOST_SCATTER, LEAST_SKY = 4.0, 0.6  # noises, and part of the places: beyond, th
 
 
 class Chosen(NamedTuple):
-    """Points that were chosen, out of how many quiet places, and whether these agree on a smooth surface."""
+    """Points that were chosen, out of how many quiet places, and whether these agree on a smooth surface.
+
+    Where sky grew from certain points, it agrees with these by construction.
+    """
 
     points: Points
     n_places: int
@@ -1046,7 +1052,8 @@ def join_quiet_places(image, n, sigma, given, starmap=itertools.starmap):
         places = places[distances_between(places.astype(float), given.centers).min(axis=1) > 2 * sigma]
     n_given = len(given.x)
     if n_given + len(places) < LEAST_PLACES:
-        raise RmgradientError(f'too few places of empty sky, {len(places)}; use a smaller sigma or give points')
+        raise RmgradientError(f'too few places of empty sky, {len(places)}; choose more, use a smaller sigma, or give '
+                              'points')
     sources = given.sources and (*given.sources, *[''] * len(places))
     return Points(*np.hstack([given[:3], [*places.T, n_given + np.arange(len(places))]]), sources)
 
@@ -1061,7 +1068,7 @@ def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIG
     image : (height, width, n_channels) or (height, width) ndarray, or a Picture
         Read once, in strips, beside the windows of the points.
     n : int
-        Points along the longer side of the grid that one is chosen from each cell of.
+        Cells along the longer side of a grid; each offers a point.
     sigma : float
         Blur at the points, in pixels: what they are chosen for.
     given : Points, optional
@@ -1520,7 +1527,7 @@ def find_darkest(model, height, width, rows=ROWS, starmap=itertools.starmap):
 
 
 def is_classic(model, sky):
-    """Tell whether all is to be as in the program before, which knew nothing of pixels without data."""
+    """Tell whether all is to be as in the original rmgradient, which knew nothing of pixels without data."""
     return model.choice is None and sky in (None, 'darkest')
 
 
@@ -1878,7 +1885,7 @@ STRUCTURE_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 28
 # Tags that show or describe the old pixels: smallest and largest value, Photoshop's layers.
 STALE_TAGS = {280, 281, 37724}
 NAMES_OF_TAGS = {ICC: 'the ICC profile', XMP: 'the XMP packet', EXIF: 'EXIF', GPS: 'GPS'}
-# Those of them that tell where the pixels are, and depths of volumes.
+# The structure tags that tell where the pixels are, and depths of volumes.
 LAYOUT_TAGS = STRUCTURE_TAGS - {330, 400} | {32997, 32998}
 PER_SAMPLE_TAGS = {340, 341}  # smallest and largest possible value, one a sample
 # Compressions that come apart into segments, and how many bytes one byte can stand for at most.
@@ -2442,8 +2449,8 @@ class FitsPlanes:
 
 # What else users have, by its first bytes, and the way out.
 OTHER_FORMATS = {
-    rb'\xff\xd8\xff': 'a JPEG picture; convert it, as by: convert FILE sky.tif (ImageMagick)',
-    rb'\x89PNG': 'a PNG picture; convert it, as by: convert FILE sky.tif (ImageMagick)',
+    rb'\xff\xd8\xff': 'a JPEG picture; convert it, as by: convert FILE STEM.tif (ImageMagick)',
+    rb'\x89PNG': 'a PNG picture; convert it, as by: convert FILE STEM.tif (ImageMagick)',
     rb'XISF0': 'an XISF picture; save it as FITS or TIFF with PixInsight or Siril',
     rb'8BPS': 'a Photoshop picture; save it as TIFF',
     rb'SIMPLE  = +F': 'no standard FITS file',
@@ -2466,7 +2473,8 @@ def open_picture(path: str) -> Picture:
         head = file.read(32)
     for pattern, what in OTHER_FORMATS.items():
         if re.match(pattern, head, re.DOTALL):
-            raise RmgradientError(what.replace('FILE', shlex.quote(path)))
+            stem = shlex.quote(os.path.splitext(path)[0])
+            raise RmgradientError(what.replace('FILE', shlex.quote(path)).replace('STEM', stem))
     if head.startswith(b'SIMPLE  ='):
         return FitsImage(path)
     if head[:4] in (b'II*\0', b'II+\0', b'MM\0*', b'MM\0+'):
@@ -2835,9 +2843,9 @@ class Editor:
         stretched = np.nan_to_num(255 * stretch_midtones(picture, like)).astype(np.uint8)  # drawn faster than floats
         return stretched if stretched.shape[2] == 3 else stretched[..., 0]
 
-    def points(self):
-        """Return the points that can be used."""
-        return make_points([pair for i, pair in enumerate(self.pairs) if i not in self.unusable])
+    def points(self, least=3):
+        """Return the points that can be used, see `make_points`."""
+        return make_points([pair for i, pair in enumerate(self.pairs) if i not in self.unusable], least=least)
 
     def update(self):
         """Measure what is new, fit, and draw."""
@@ -2853,9 +2861,9 @@ class Editor:
             text = str(error)
         reasons = dict.fromkeys(self.misfits, 'does not fit the others: not on empty sky?') | self.unusable
         self._draw(levels, list(reasons))
-        if reasons:
-            x, y = np.abs(self.pairs[max(reasons)]).astype(int)
-            text += f'; point {max(reasons) + 1} at ({x}, {y}) {reasons[max(reasons)]}'
+        for i in sorted(reasons)[-2:]:
+            x, y = np.abs(self.pairs[i]).astype(int)
+            text += f'; point {i + 1} at ({x}, {y}) {reasons[i]}'
         self._status.set_text(f'{text}\n{self.HELP}')
         unsaved = '' if np.array_equal(self._saved, self.pairs) else ' - points not saved'
         self.left.set_title(self._title + unsaved, fontsize=10)
@@ -2966,7 +2974,7 @@ class Editor:
                     target.append(self.pairs)
                     self.pairs = source.pop()
             elif key == 'a':
-                given = self.points() if len(self.pairs) - len(self.unusable) >= 3 else None
+                given = self.points(least=1) if len(self.pairs) > len(self.unusable) else None
                 chosen = choose_points(self.image, self.settings.auto or AUTO, self.settings.sigma, given).points
                 self._change(chosen.pairs())
             elif key == 'v':
@@ -3142,6 +3150,9 @@ def process_picture(path, outputs, points, options, alone):
         for kind in outputs.keys() & {'output', 'background'}:
             with about(outputs[kind]):
                 check_output(image, outputs[kind], options.compress)
+        if (saved_for := getattr(options, 'saved_for', image.shape[:2])) != image.shape[:2]:
+            logger.warning('%s: has %d x %d pixels, and the points were saved for a picture of %d x %d', path,
+                           *image.shape[1::-1], *saved_for[::-1])
         if image.bottom_up:
             logger.info('%s: y of points counts from the bottom row, the first that is stored', path)
         with about(path):
@@ -3168,6 +3179,8 @@ def process_picture(path, outputs, points, options, alone):
     if 'output' in outputs:
         report_limited(outputs['output'], 100 * n_limited / (image.shape[0] * image.shape[1]))
         logger.info('%s: written; the sky is level at %s', outputs['output'], in_words(sky))
+    for kind in outputs.keys() - {'output'}:
+        logger.info('%s: written', outputs[kind])
 
 
 def fit_picture(path, image, points, options, starmap):
@@ -3259,21 +3272,28 @@ def fit_with_reference(path, image, points, options, starmap):
 
 def read_points(options):
     """Return the points of -p or -f, or None."""
+    least = 3 if options.auto is None and not options.edit else 1
     if options.points is not None:
-        return make_points(options.points)
+        return make_points(options.points, least=least)
     if options.points_file == '-':
         with about('standard input'):
-            return points_of(read_lines(sys.stdin.buffer if sys.stdin else io.BytesIO()), 'standard input')
+            lines = read_lines(sys.stdin.buffer if sys.stdin else io.BytesIO())
+            return points_in(lines, 'standard input', options, least)
     if options.points_file:
         with about(options.points_file), open(options.points_file, 'rb') as file:
-            return points_of(read_lines(file), options.points_file)
+            return points_in(read_lines(file), options.points_file, options, least)
     return None
 
 
-def points_of(lines, name):
-    """Return the Points in lines of a file."""
-    pairs, numbers = parse_points_file(lines)
-    return make_points(pairs, [f'{name}, line {i}' for i in numbers])
+def points_in(lines, name, options, least):
+    """Return the Points in lines of a file; options get the size of the picture that they were saved for, if any."""
+    pairs, line_numbers = parse_points_file(lines)
+    numbers_only = re.compile(r'\W*([\d.]+[\s,;()\[\]{}]+-?){3,}[\d.]+\W*')
+    if any(map(numbers_only.fullmatch, lines)):
+        logger.warning('%s: some lines hold more than a pair of numbers; only the first two are used', name)
+    if saved := re.match(r'# .*, (\d{1,9}) x (\d{1,9}) pixels, sigma', lines[0]):
+        options.saved_for = int(saved[2]), int(saved[1])
+    return make_points(pairs, [f'{name}, line {i}' for i in line_numbers], least)
 
 
 def read_lines(file):
@@ -3337,7 +3357,7 @@ def threads(progress):
 
     No more than two results a worker wait to be taken, so that memory is bounded. On the way out nothing is waited for.
     """
-    np.empty(N_WORKERS * 2**27, np.uint8)  # can it be had? Threads without memory hang as they start, and BLAS exits
+    np.empty(N_WORKERS * 2**27, np.uint8)  # MemoryError now; later, threads would hang as they start, and BLAS exit
     pool = concurrent.futures.ThreadPoolExecutor(N_WORKERS)
 
     def results(work, arguments):
@@ -3389,20 +3409,21 @@ def report_limited(path, percent):
 
 def report_model(path, image, points, levels, noise, model):
     """Log what was chosen, warn of points that do not fit, and return their indices."""
+    height, width, _ = image.shape
+    part = 12 * math.sqrt(max(0, np.linalg.det(np.cov(points.centers.T)))) / (height * width)
+    if part < LEAST_SPAN:
+        logger.warning('%s: the points span %.2g %% of the picture, and beyond them the background is a guess; spread '
+                       'them into the corners', path, 100 * part)
     if not model.choice:
         return []
     choice = model.choice
-    logger.info('%s: model: %s and a multiquadric of shape %.0f pixels and smoothness %.2g', path, choice.trend,
-                choice.epsilon, choice.smooth)
+    smooth = np.format_float_positional(choice.smooth, 2, fractional=False, trim='-')
+    logger.info('%s: model: %s and a multiquadric of shape %.0f pixels and smoothness %s', path, choice.trend,
+                choice.epsilon, smooth)
     if len(points.x) > 4:  # fewer say nothing about each other
         logger.info('%s: points are predicted from the others to %s (root mean square); the noise of their levels '
                     'is %s', path, in_words(np.sqrt((choice.errors**2).mean(axis=0))),
                     in_words(np.median(noise, axis=0)))
-    height, width, _ = image.shape
-    part = 12 * math.sqrt(max(0, np.linalg.det(np.cov(points.centers.T)))) / (height * width)
-    if part < LEAST_SPAN:
-        logger.warning('%s: the points span %.0f %% of the picture, and beyond them the background is a guess; spread '
-                       'them into the corners', path, 100 * part)
     misfits = find_misfits(points, levels, noise, choice)
     for i, error in misfits:
         hint = 'brighter than its neighbors suggest: on a star or nebula?' if error > 0 else (
@@ -3416,7 +3437,7 @@ def report_model(path, image, points, levels, noise, model):
 
 def in_words(values):
     """Return the values of the channels as text, as people write numbers."""
-    return ', '.join(f'{value:.0f}' if 1e4 <= abs(value) < 1e12 else f'{value:.5g}' for value in values)
+    return ', '.join(f'{value:.0f}' if 1e4 <= abs(value) <= 1e12 else f'{value:.5g}' for value in values)
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -3447,7 +3468,7 @@ def build_parser():
                        'For several pictures this is a folder that exists, and so are -b, --save-points and --preview')
     files.add_argument('-b', '--background', metavar='FILE', help='also write the background that is removed: '
                        'output = input - (background - sky)')
-    files.add_argument('-c', '--compress', metavar='LEVEL', type=number(0, 9, int), default=0,
+    files.add_argument('-c', '--compress', metavar='LEVEL', type=number_from(0, 9, int), default=0,
                        help='deflate level of the files written, 0 is none (default: %(default)s)')
     files.add_argument('--save-points', metavar='FILE', help='write the points used, for -f')
     files.add_argument('--preview', metavar='FILE', type=preview_name, help='picture of before with points, '
@@ -3459,7 +3480,7 @@ def build_parser():
     given.add_argument('-p', '--points', metavar=('X', 'Y'), nargs='+', help='points of empty sky, in pixels')
     given.add_argument('-f', '--points-file', metavar='FILE',
                         help='the same from a file, one pair a line, # starts a comment; - is standard input')
-    choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=0, type=number(3, 30, int),
+    choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=0, type=number_from(3, 30, int),
                         help='choose points, one from each cell of a grid with N cells along the longer side '
                         f'(default: {AUTO}; {REFERENCE_AUTO} with --reference), where there are neither stars nor '
                         'nebulae; points given are certain')
@@ -3468,12 +3489,12 @@ def build_parser():
                         'begins with those of -p, -f or -a, and names its keys (needs matplotlib)')
 
     model = parser.add_argument_group('model')
-    model.add_argument('-s', '--sigma', metavar='PIXELS', type=number(0.1, 10000), default=SIGMA,
+    model.add_argument('-s', '--sigma', metavar='PIXELS', type=number_from(0.1, 10000), default=SIGMA,
                        help='standard deviation of the Gaussian blur at the points (default: %(default)g)')
-    model.add_argument('-m', '--smooth', metavar='NUMBER', type=number(0, 1e12, word='auto'), default='auto',
+    model.add_argument('-m', '--smooth', metavar='NUMBER', type=number_from(0, 1e12, word='auto'), default='auto',
                        help='auto: trend, shape and smoothness that suit the levels best; a number: the '
                        'classic model, a multiquadric of that smoothness, often 0.1 (default: %(default)s)')
-    model.add_argument('-r', '--rows', metavar='N', type=number(1, 2**31, int), default=ROWS,
+    model.add_argument('-r', '--rows', metavar='N', type=number_from(1, 2**31, int), default=ROWS,
                        help='rows worked on together; memory is proportional (default: %(default)s)')
 
     model.add_argument('--reference', metavar='FILE', help='registered picture of the same field and size with less '
@@ -3502,7 +3523,7 @@ def build_parser():
     return parser
 
 
-def number(lowest, highest, kind=float, word=None):
+def number_from(lowest, highest, kind=float, word=None):
     """Return a function that turns text into a number of a range, or leaves it if it is a word, for argparse."""
     def convert(text):
         if text == word:
@@ -3512,8 +3533,9 @@ def number(lowest, highest, kind=float, word=None):
         except ValueError:
             value = math.nan
         if not lowest <= value <= highest:
-            raise argparse.ArgumentTypeError(f'{text!r} is not a {"whole " * (kind is int)}number '
-                                             f'from {lowest:g} to {highest:g}')
+            also = f', or {word}' if word else ''
+            raise argparse.ArgumentTypeError(f'{text!r} is not a {"whole " * (kind is int)}number from {lowest:g} to '
+                                             f'{in_words([highest])}{also}')
         return value
     return convert
 
@@ -3537,11 +3559,11 @@ class Interrupted(BaseException):
     """A signal asked to stop; its number is the argument."""
 
 
-def stop(number, _):
+def stop(signal_number, _):
     """Raise Interrupted for the first signal, so that all is cleaned up, and ignore further ones."""
     for each in SIGNALS:
         signal.signal(each, ignore)
-    raise Interrupted(number)
+    raise Interrupted(signal_number)
 
 
 def main(argv: list[str] | None = None) -> int:

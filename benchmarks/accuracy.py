@@ -127,7 +127,7 @@ def draw(path, errors, layouts, automatic):
             found = np.maximum(by_kind[kind], 0.3)
             right.plot(np.full(len(found), j + 0.2 * i - 0.1), found, 'o', color=color, alpha=0.6,
                        label=kind if j == 0 else None)
-    right.set_xticks(range(len(automatic)), automatic)
+    right.set_xticks(range(len(automatic)), [name.replace(', ', ',\n') for name in automatic])
     right.set_title('automatic points')
     left.set_yscale('log')
     for axes in (left, right):

@@ -5,6 +5,7 @@
 usage: make_pages.py [FOLDER]     (default: the folder of this script)
 """
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ def main():
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else here
     parser = rmgradient.build_parser()
     for action in parser._actions:
+        if action.nargs == '+':
+            action.nargs = None  # shtab's script for bash offers nothing else once it takes any number
         if action.dest in FILES:
             action.complete = shtab.FILE
         if action.dest == 'sky':
@@ -34,6 +37,9 @@ def main():
     subprocess.run([sys.executable, '-c', 'from argparse_manpage.cli import main; main()',
                     *(f'--{name}={value}' for name, value in options.items())],
                    check=True, env={**os.environ, 'COLUMNS': '100'})
+    page = (folder / 'rmgradient.1').read_text().replace('python rmgradient.py', 'rmgradient')
+    page = re.sub(r'((?:^    .*\n)+)', r'.nf\n\1.fi\n', page, flags=re.MULTILINE)  # examples are not filled
+    (folder / 'rmgradient.1').write_text(page)
 
 
 if __name__ == '__main__':

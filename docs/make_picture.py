@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the pictures of the README from test_data/sky.tif, with automatic points."""
+"""Draw the pictures of the README and of the pages beside this script from test_data/sky.tif."""
 import argparse
 import sys
 from pathlib import Path
@@ -35,12 +35,14 @@ side_by_side('sky_levels.jpg', *(stretch(corrected(level), corrected('gray'))[:,
                                  for level in ('gray', 'color', 'darkest')))
 
 
-# The preview, and the window of the editor, with two points that are not on empty sky.
-levels, _ = rmgradient.measure_levels(sky, points)
-model = rmgradient.fit_background(points, levels)
+# The preview of the points that come with the picture, and the window of the editor, with two bad points.
+lines = (here.parent / 'test_data' / 'skypoints').read_text().splitlines()
+given = rmgradient.make_points(rmgradient.parse_points_file(lines)[0])
+levels, _ = rmgradient.measure_levels(sky, given)
+model = rmgradient.fit_background(given, levels)
 level = rmgradient.find_sky('gray', 'subtract', levels, model, *sky.shape[:2])
 with open(here / 'preview.jpg', 'wb') as file:
-    rmgradient.draw_preview(file, 'jpg', sky, points, [], model, 'subtract', level, 24)
+    rmgradient.draw_preview(file, 'jpg', sky, given, [], model, 'subtract', level, 24)
 
 matplotlib.use('Agg')
 few = [*points.centers[::2], (395, 195), (10, 200)]

@@ -23,11 +23,7 @@ _shtab_rmgradient___reference_COMPGEN=_shtab_compgen_files
 
 _shtab_rmgradient___sky_choices=(gray color darkest)
 
-_shtab_rmgradient__i_nargs=+
-_shtab_rmgradient___input_nargs=+
 _shtab_rmgradient___overwrite_nargs=0
-_shtab_rmgradient__p_nargs=+
-_shtab_rmgradient___points_nargs=+
 _shtab_rmgradient__a_nargs='?'
 _shtab_rmgradient___auto_nargs='?'
 _shtab_rmgradient___edit_nargs=0

@@ -478,10 +478,11 @@ def test_preview_errors(cli, monkeypatch):
 
 
 @pytest.mark.parametrize('size', [(90, 120), (1100, 301), (301, 1100), (3, 2001)])
-def test_binned_picture_is_the_mean_of_four_rows(size):
+def test_binned_picture_is_the_mean_of_a_few_rows(size):
     picture = np.random.default_rng(14).integers(0, 9, (*size, 2))
     binned, k = rg.read_binned(picture, 0, size[1], 0, size[0], 250)
-    expected = [[picture[y:min(y + k, y + 4), x:x + k].mean(axis=(0, 1)) for x in range(0, size[1], k)]
+    n_rows = min(k, 4 if k < 8 else 1)
+    expected = [[picture[y:y + n_rows, x:x + k].mean(axis=(0, 1)) for x in range(0, size[1], k)]
                 for y in range(0, size[0], k)]
     assert max(np.shape(expected)[:2]) <= 251
     assert_allclose(binned, expected, rtol=1e-12)

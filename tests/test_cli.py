@@ -375,6 +375,25 @@ def test_commands_for_many_pictures(cli, tool):
     assert len(set(outputs)) == 1
 
 
+def test_points_files_that_look_wrong(cli):
+    (cli.folder / 'flat').write_text('30 30 90 30\n40 60 90 60\n60 40 30 60\n')
+    assert cli(points=['-f', 'flat']) == 0
+    assert 'warning: flat: some lines hold more than a pair of numbers; only the first two are used' in cli.stderr
+    (cli.folder / 'pairs').write_text('30 30 1234\n90 60 a star 3 4\n60 40 # 3 4 5 6\n')
+    assert cli('--overwrite', points=['-f', 'pairs']) == 0
+    assert 'some lines' not in cli.stderr
+    (cli.folder / 'other').write_text('# m31.tif, 600 x 400 pixels, sigma 8\n30 30\n90 60\n60 40\n')
+    assert cli('--overwrite', points=['-f', 'other']) == 0
+    assert 'sky.tif: has 120 x 90 pixels, and the points were saved for a picture of 600 x 400' in cli.stderr
+
+
+def test_points_over_a_small_part_of_the_picture(cli):
+    for smooth in ('auto', '0.1'):
+        for places, warns in (([(30, 30), (33, 31), (31, 34)], True), ([(30, 30), (90, 30), (30, 60)], False)):
+            assert cli('-q', '--overwrite', '-m', smooth, points=['-p', *words(places)]) == 0
+            assert ('of the picture, and beyond them the background is a guess' in cli.stderr) == warns
+
+
 def test_picture_and_background_are_dithered_by_different_noise(cli):
     assert cli('--dither', '-b', 'bg.tif') == 0
     points = rg.make_points(cli.points)

@@ -222,6 +222,13 @@ def test_automatic_points_around_those_set(hand):
     assert len(hand.editor.pairs) == 4
 
 
+def test_automatic_points_around_a_single_one(hand):
+    hand.click(100, 100)
+    hand.press('a')
+    assert hand.editor.pairs[0].tolist() == [100, 100]
+    assert len(hand.editor.pairs) > 60
+
+
 def test_title_tells_what_is_not_saved(hand):
     hand.set(PLACES)
     assert hand.title == 'sky.tif - points not saved'

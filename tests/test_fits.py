@@ -337,7 +337,7 @@ def test_packed_files_are_named(run):
 
 
 @pytest.mark.parametrize(('head', 'match'), [
-    (b'\xff\xd8\xff\xe0', 'a JPEG picture; convert it, as by: convert bad.fits sky.tif'), (b'\x89PNG\r\n', 'a PNG'),
+    (b'\xff\xd8\xff\xe0', 'a JPEG picture; convert it, as by: convert bad.fits bad.tif'), (b'\x89PNG\r\n', 'a PNG'),
     (b'XISF0100', 'an XISF picture; save it as FITS or TIFF'), (b'II*\0\x10\0\0\0CR\2\0', 'a camera raw picture'),
     (b'\0\0\0\x18ftypcrx ', 'a camera raw'), (b'FUJIFILMCCD-RAW', 'a camera raw'), (b'8BPS\0\1', 'a Photoshop'),
     (b'\0\0\0\x18ftypheic', 'a HEIF'), (b'IIRO\x08', 'a camera raw'), (b'BZh91AY', 'bunzip2')])

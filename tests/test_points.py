@@ -82,6 +82,12 @@ def test_one_number_a_line():
         rg.parse_points_file(['1', '2', '3'])
 
 
+def test_one_point_is_enough_beside_others():
+    assert len(rg.make_points([(1, 2)], least=1).x) == 1
+    with pytest.raises(rg.RmgradientError, match='no points'):
+        rg.make_points([], least=1)
+
+
 def test_messages_name_all_points_and_their_lines():
     pairs = [(30, 30), (500, 30), (40, 40), *((600 + i, 20) for i in range(6))]
     points = rg.make_points(pairs, [f'sky_points, line {i}' for i in range(len(pairs))])
