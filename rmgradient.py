@@ -3357,7 +3357,7 @@ def threads(progress):
 
     No more than two results a worker wait to be taken, so that memory is bounded. On the way out nothing is waited for.
     """
-    np.empty(N_WORKERS * 2**27, np.uint8)  # MemoryError now; later, threads would hang as they start, and BLAS exit
+    np.empty(min(N_WORKERS, 4) * 2**27, np.uint8)  # MemoryError now; later, threads would hang, and BLAS exit
     pool = concurrent.futures.ThreadPoolExecutor(N_WORKERS)
 
     def results(work, arguments):
