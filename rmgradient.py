@@ -70,7 +70,6 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
-import difflib
 import errno
 import functools
 import importlib.util
@@ -3447,6 +3446,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if words := re.match('unrecognized arguments: (.*)', message):
+            import difflib
             known = [option for action in self._actions for option in action.option_strings]
             for word in words[1].split():
                 close = difflib.get_close_matches(word.partition('=')[0], known, 1)
