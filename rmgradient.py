@@ -2067,7 +2067,7 @@ def first_of_stack(tags, n_pages, n_values, most):
     if text.startswith(b'ImageJ='):
         n_planes = max(map(int, re.findall(rb'^images=(\d{1,9})$', text, re.MULTILINE)), default=1)
         text = re.sub(rb'^(images|channels|slices|frames|hyperstack)=.*\n', b'', text, flags=re.MULTILINE)
-    elif shape := re.match(rb'{"shape": \[([\d, ]{1,200})\]', text):
+    elif shape := re.match(rb'{(?:"truncated": true, )?"shape": \[([\d, ]{1,200})\]', text):
         n_planes, text = math.prod(map(int, re.findall(rb'\d+', shape[1]))) // n_values, b''
     elif b'<OME' in text:
         text = b''
