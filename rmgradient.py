@@ -1683,6 +1683,15 @@ def keep_off(values, blank):
     return np.where(values == blank, values.dtype.type(neighbor), values)
 
 
+def correct_binned(picture, background, method, sky, dtype):
+    """Return a binned picture without its background, float64, and where it became black, (height, width) bool."""
+    white, lowest = (np.iinfo(dtype).max, np.iinfo(dtype).min) if dtype.kind in 'ui' else (1.0, 0)
+    with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
+        after = correct(picture / white, (background - sky) / white, method, sky / white) * white
+    after = np.where(no_data(picture)[..., None], picture, after)
+    return after, ((after <= lowest) & (picture > lowest)).any(axis=2)
+
+
 # ---- Pictures -------------------------------------------------------------------------------------------------------
 
 class RandomAccess:
@@ -1780,6 +1789,22 @@ class Picture:
     def transparent(self, start, stop):
         """Tell which pixels of rows start to stop - 1 have an alpha of 0, (n_rows, width)."""
         return np.zeros((stop - start, self.shape[1]), bool)
+
+
+def read_binned(image, left, right, top, bottom, n=1000):
+    """Return a part of the picture in at most about n x n pixels, float64, and how many pixels make one side of these.
+
+    Columns are averaged; of the rows of a block no more than four are read, of a large block one, so that a large
+    picture opens as fast as a small one.
+    """
+    factor, rows = max(1, -(-max(right - left, bottom - top) // n)), []
+    edges = np.arange(0, right - left, factor)
+    counts = np.diff([*edges, right - left])[:, None]
+    for start in range(top, bottom, factor):
+        stop = min(start + min(factor, 4 if factor < 8 else 1), bottom)
+        some = image[start:stop, left:right].astype(float).mean(axis=0)
+        rows.append(np.add.reduceat(some, edges, axis=0) / counts)
+    return np.stack(rows), factor
 
 
 # ---- TIFF directories -----------------------------------------------------------------------------------------------
@@ -2683,31 +2708,6 @@ def signals_handled(handler):
 
 
 # ---- Preview --------------------------------------------------------------------------------------------------------
-
-def read_binned(image, left, right, top, bottom, n=1000):
-    """Return a part of the picture in at most about n x n pixels, float64, and how many pixels make one side of these.
-
-    Columns are averaged; of the rows of a block no more than four are read, of a large block one, so that a large
-    picture opens as fast as a small one.
-    """
-    factor, rows = max(1, -(-max(right - left, bottom - top) // n)), []
-    edges = np.arange(0, right - left, factor)
-    counts = np.diff([*edges, right - left])[:, None]
-    for start in range(top, bottom, factor):
-        stop = min(start + min(factor, 4 if factor < 8 else 1), bottom)
-        some = image[start:stop, left:right].astype(float).mean(axis=0)
-        rows.append(np.add.reduceat(some, edges, axis=0) / counts)
-    return np.stack(rows), factor
-
-
-def correct_binned(picture, background, method, sky, dtype):
-    """Return a binned picture without its background, float64, and where it became black, (height, width) bool."""
-    white, lowest = (np.iinfo(dtype).max, np.iinfo(dtype).min) if dtype.kind in 'ui' else (1.0, 0)
-    with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
-        after = correct(picture / white, (background - sky) / white, method, sky / white) * white
-    after = np.where(no_data(picture)[..., None], picture, after)
-    return after, ((after <= lowest) & (picture > lowest)).any(axis=2)
-
 
 def stretch_midtones(picture, like=None):
     """Return a picture in 0 ... 1, stretched so that faint light shows, with one curve for all channels.
