@@ -149,6 +149,7 @@ def about(name):
 # ---- Points ---------------------------------------------------------------------------------------------------------
 
 MOST_POINTS = 5000  # that a model is fitted to
+SEPARATORS = r'[\s,;()\[\]{}]+'  # of coordinates
 
 
 class Points(NamedTuple):
@@ -202,7 +203,7 @@ def parse_coordinates(words):
     Commas, semicolons and brackets may stand between numbers; decimals are rounded. -0 keeps its sign.
     """
     found = []
-    for word in re.split(r'[\s,;()\[\]{}]+', ' '.join(words).strip(' ,;()[]{}')) if words else []:
+    for word in re.split(SEPARATORS, ' '.join(words).strip(' ,;()[]{}')) if words else []:
         if not re.fullmatch(r'[+-]?[0-9]{1,9}(\.[0-9]*)?', word, re.ASCII):
             raise RmgradientError(f'coordinate {word[:40]!r} is not a number of pixels')
         found.append(math.copysign(round(abs(float(word))), -1 if word[0] == '-' else 1))
@@ -217,7 +218,7 @@ def parse_points_file(lines):
 
     One pair a line, or one number a line in all of them. Anything after the pair is a comment, and so is all after a #.
     """
-    words = [re.split(r'[\s,;()\[\]{}]+', line.split('#')[0].strip(' \t\r\n,;()[]{}'))[:2] for line in lines]
+    words = [re.split(SEPARATORS, line.split('#')[0].strip(' \t\r\n,;()[]{}'))[:2] for line in lines]
     words = [(i, line) for i, line in enumerate(words, 1) if line[0]]
     if words and all(len(line) == 1 for _, line in words):
         words = [(i, [*one, *other]) for (i, one), (_, other) in itertools.zip_longest(
@@ -268,14 +269,10 @@ def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) 
         raise RmgradientError(f'points of shape {pairs.shape} are not pairs of coordinates')
     if not (np.abs(pairs) < 2**31).all() or (pairs % 1).any():
         raise RmgradientError('points are not all whole numbers of pixels')
-    on_isoline = np.signbit(pairs).any(axis=1)
-    if on_isoline[0]:
+    if np.signbit(pairs[0]).any():
         raise RmgradientError('the first point has a minus sign: an isoline needs a point without one before it')
-    index = np.arange(len(pairs))
-    leader = np.maximum.accumulate(np.where(on_isoline, 0, index))
-    x, y = np.abs(pairs).astype(int).T
-    points, seen = Points(x, y, leader, tuple(sources)), {}
-    for i, place in enumerate(zip(x.tolist(), y.tolist())):
+    points, seen = unchecked_points(pairs, sources), {}
+    for i, place in enumerate(zip(points.x.tolist(), points.y.tolist())):
         if place in seen:
             raise RmgradientError(f'{points.describe([i])}, number {i + 1}, repeats number {seen[place] + 1}: '
                                   'remove one of them')
@@ -283,6 +280,14 @@ def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) 
     if len(seen) < least:
         raise RmgradientError(f'too few points, {len(seen)}; give at least three')
     return points
+
+
+def unchecked_points(pairs, sources=()):
+    """Return the Points of pairs, see `make_points`, whether or not they can be used."""
+    pairs = np.asarray(pairs, float)
+    on_isoline = np.signbit(pairs).any(axis=1)
+    leader = np.maximum.accumulate(np.where(on_isoline, 0, np.arange(len(pairs))))
+    return Points(*np.abs(pairs).astype(int).T, leader, tuple(sources))
 
 
 # What can be done to pairs, (n_points, 2), a minus sign on those on the isoline of the last one without.
@@ -1743,11 +1748,13 @@ class Picture:
         Value of integers that stands for no data; windows have NaN there, `read` the value.
     bottom_up : bool
         Whether the first row is at the bottom.
+    can_compress : bool
+        Whether its writer does.
     warnings : list of str
         What was left out.
     """
 
-    blank, bottom_up = None, False
+    blank, bottom_up, can_compress = None, False, False
 
     def __init__(self, path):
         self._file, self.warnings = open(path, 'rb'), []  # noqa: SIM115
@@ -1939,7 +1946,7 @@ class TiffImage(Picture):
     or tiles) that hold the rows, decoded, and those of the requests under way in other threads.
     """
 
-    name, endings = 'TIFF', ('.tif', '.tiff')
+    name, endings, can_compress = 'TIFF', ('.tif', '.tiff'), True
 
     def _open(self):
         self._bytes = file = TiffBytes(self._file)
@@ -2113,14 +2120,14 @@ def check_layout(structure):
     """Refuse {code: values} of structure that tifffile would guess, correct or stumble over."""
     for code, name in ((256, 'width'), (257, 'height'), (262, 'kind of colors')):
         if code not in structure:
-            raise RmgradientError(f'damaged: no {name} given')
+            raise Damage(f'no {name} given')
     if structure.get(254, (0,))[0] & 1 or structure.get(255) == (2,):
         raise RmgradientError('the first page is a thumbnail, as in camera raw pictures; develop it, or save the '
                               'picture alone')
     if any(len(set(structure.get(code, ()))) > 1 for code in (258, 339)):
         raise RmgradientError('channels have different types')
     if any(0 in structure.get(code, ()) for code in (278, 322, 323)):
-        raise RmgradientError('damaged: strips or tiles without pixels')
+        raise Damage('strips or tiles without pixels')
 
 
 def check_page(page):
@@ -2130,7 +2137,7 @@ def check_page(page):
         kind = NAMES_OF_COLORS.get(int(page.photometric), f'of unknown kind {int(page.photometric)}')
         raise RmgradientError(f'colors are {kind}; convert the picture to gray or RGB')
     if page.imagewidth < 1 or page.imagelength < 1:
-        raise RmgradientError(f'damaged: {page.imagewidth} x {page.imagelength} pixels')
+        raise Damage(f'{page.imagewidth} x {page.imagelength} pixels')
     if page.imagedepth != 1 or page.is_tiled and page.tiledepth != 1:
         raise RmgradientError('a volume; save a flat picture')
     if page.sampleformat not in (1, 2, 3):
@@ -2140,19 +2147,19 @@ def check_page(page):
         kind = 'floating point numbers' if page.sampleformat == 3 else 'integers'
         raise RmgradientError(f'pixels are {kind} of {bits} bits; convert the picture to 8, 16 or 32 bits')
     if page.samplesperpixel < colors:
-        raise RmgradientError(f'damaged: {page.samplesperpixel} channels instead of {colors}')
+        raise Damage(f'{page.samplesperpixel} channels instead of {colors}')
     if 1 in page.extrasamples:
         raise RmgradientError('colors are multiplied by alpha; save without transparency or with unassociated alpha')
     if len(page.extrasamples) not in (0, page.samplesperpixel - colors):
-        raise RmgradientError(f'damaged: {len(page.extrasamples)} extra samples beside {colors} of '
-                              f'{page.samplesperpixel} channels')
+        raise Damage(f'{len(page.extrasamples)} extra samples beside {colors} of '
+                     f'{page.samplesperpixel} channels')
     if page.planarconfig not in (1, 2):
-        raise RmgradientError(f'damaged: planar configuration {page.planarconfig}')
+        raise Damage(f'planar configuration {page.planarconfig}')
     if page.compression not in COMPRESSIONS:
         name = getattr(page.compression, 'name', f'of unknown kind {int(page.compression)}')
         raise RmgradientError(f'compression is {name}; save with LZW, deflate or without compression')
     if page.predictor not in (1, 2, 3) or page.predictor == 3 and dtype.kind != 'f':
-        raise RmgradientError(f'damaged: predictor {int(page.predictor)} for {dtype}')
+        raise Damage(f'predictor {int(page.predictor)} for {dtype}')
     if page.predictor != 1 and page.compression in (1, 32773):
         raise RmgradientError('a predictor without a compression that has one: programs disagree what it means; '
                               'save it anew')
@@ -2170,24 +2177,24 @@ def check_segments(page, file_size):
     height, width, planes, down, across = grid_of_segments(page)
     offsets, sizes = page.dataoffsets, page.databytecounts
     if not len(offsets) == len(sizes) == across * down * planes:
-        raise RmgradientError(f'damaged: {len(offsets)} offsets and {len(sizes)} sizes for '
-                              f'{across * down * planes} segments')
+        raise Damage(f'{len(offsets)} offsets and {len(sizes)} sizes for '
+                     f'{across * down * planes} segments')
     row = width * page.samplesperpixel // planes * page.dtype.itemsize
     ratio = COMPRESSIONS[int(page.compression)]
     if page.is_tiled and (height > 2 * max(page.imagelength, 512) or width > 2 * max(page.imagewidth, 512)):
-        raise RmgradientError(f'damaged: tiles of {width} x {height} pixels')
+        raise Damage(f'tiles of {width} x {height} pixels')
     for i, (offset, size) in enumerate(zip(offsets, sizes)):
         n_rows = height if page.is_tiled else min(height, page.imagelength - i % down * height)
         if size == 0 or offset == 0:
-            raise RmgradientError(f'damaged: segment {i} of {len(sizes)} is missing')
+            raise Damage(f'segment {i} of {len(sizes)} is missing')
         if offset + size > file_size:
-            raise RmgradientError(f'damaged: segment {i} of {len(sizes)} ends at byte {offset + size} '
-                                  f'of a file of {file_size}')
+            raise Damage(f'segment {i} of {len(sizes)} ends at byte {offset + size} '
+                         f'of a file of {file_size}')
         if n_rows * row > size * ratio:
-            raise RmgradientError(f'damaged: segment {i} of {len(sizes)} has {size} bytes, '
-                                  f'too few for {n_rows} rows of {row} bytes')
+            raise Damage(f'segment {i} of {len(sizes)} has {size} bytes, '
+                         f'too few for {n_rows} rows of {row} bytes')
     if sum(sizes) > file_size:
-        raise RmgradientError(f'damaged: segments of {sum(sizes)} bytes overlap in a file of {file_size}')
+        raise Damage(f'segments of {sum(sizes)} bytes overlap in a file of {file_size}')
 
 
 # ---- TIFF output ----------------------------------------------------------------------------------------------------
@@ -2212,7 +2219,7 @@ class TiffStrips:
         size = height * width * profile.n_samples * profile.dtype.itemsize + sum(len(tag.value) for tag in profile.tags)
         self.bigtiff = profile.bigtiff or size > 2**32 - 2**26
         self._offsets, self._sizes = [], []
-        file.write(bytes(16 if self.bigtiff else 8))
+        file.write(pack_head(profile.byteorder, self.bigtiff))  # `finish` writes the one that leads somewhere
 
     def encode(self, strip):
         """Return the bytes of a (n_rows, width, n_samples) strip; may be called from several threads."""
@@ -2278,7 +2285,8 @@ class FitsHeader(NamedTuple):
     """A header of a FITS file, and the place of its data."""
 
     cards: list  # of 80 bytes, without END
-    values: object  # the same as an astropy.io.fits.Header
+    keywords: set  # 8 bytes each, of the cards with a value in the standard's way
+    values: object  # the cards as an astropy.io.fits.Header
     axes: list  # lengths, the fastest first
     start: int
     data: int  # where the data begin
@@ -2292,8 +2300,7 @@ class FitsHeader(NamedTuple):
 
     def get(self, name, default=None):
         """Return the value of a keyword; astropy also takes HIERARCH ones and those in small letters for it."""
-        start = f'{name:8}='.encode()
-        return self.values[name] if any(card.startswith(start) for card in self.cards) else default
+        return self.values[name] if f'{name:8}'.encode() in self.keywords else default
 
 
 def whole_number(header, name, default=None):
@@ -2307,8 +2314,8 @@ def whole_number(header, name, default=None):
 def read_header(file, start):
     """Return the FitsHeader at an offset of a RandomAccess file; Damage if there is none, or its data are cut."""
     from astropy.io.fits import Header
-    cards = []
-    while not any(ends := [card.rstrip() == b'END' for card in cards[-36:]]):
+    cards, n = [], FITS_BLOCK // FITS_CARD
+    while not any(ends := [card.rstrip() == b'END' for card in cards[-n:]]):
         if len(cards) == MOST_CARDS:
             raise Damage(f'no END in {len(cards)} cards of the header')
         block = file.read(start + len(cards) * FITS_CARD, FITS_BLOCK)
@@ -2316,11 +2323,12 @@ def read_header(file, start):
             raise Damage(f'no header at byte {start}')
         cards += [block[i:i + FITS_CARD] for i in range(0, FITS_BLOCK, FITS_CARD)]
     data = start + len(cards) * FITS_CARD
-    cards = cards[:len(cards) - 36 + ends.index(True)]
+    cards = cards[:len(cards) - n + ends.index(True)]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # what is not as in the standard is copied as it is
         values = Header.fromstring(b''.join(cards).decode('ascii', 'replace').replace('\ufffd', '?'))
-        header = FitsHeader(cards, values, [], start, data, data)
+        keywords = {card[:8] for card in cards if card[8:9] == b'='}
+        header = FitsHeader(cards, keywords, values, [], start, data, data)
         bits, n_axes = whole_number(header, 'BITPIX'), whole_number(header, 'NAXIS')
         if bits not in (8, 16, 32, 64, -32, -64) or not 0 <= n_axes <= 999:
             raise Damage(f'BITPIX is {bits}, and NAXIS is {n_axes}')
@@ -2486,7 +2494,8 @@ OTHER_FORMATS = {
 FORMATS = {ending: name for name, endings in {
     'JPEG': '.jpg .jpeg', 'PNG': '.png', 'GIF': '.gif', 'BMP': '.bmp', 'WebP': '.webp', 'HEIF': '.heic .heif .avif',
     'XISF': '.xisf', 'Photoshop': '.psd', 'JPEG 2000': '.jp2', 'JPEG XL': '.jxl', 'compressed FITS': '.fz .gz',
-    **{kind.name: ' '.join(kind.endings) for kind in (TiffImage, FitsImage)}}.items() for ending in endings.split()}
+    }.items() for ending in endings.split()} | {ending: kind.name for kind in (TiffImage, FitsImage)
+                                                for ending in kind.endings}
 
 
 def open_picture(path: str) -> Picture:
@@ -2508,7 +2517,7 @@ def open_picture(path: str) -> Picture:
 
 def check_output(image, path, compress):
     """Raise RmgradientError if an output can't be as the image is: by the ending of its name, or compressed."""
-    if compress and image.name != 'TIFF':
+    if compress and not image.can_compress:
         raise RmgradientError(f'{image.name} is written without compression; leave out --compress')
     name = FORMATS.get(os.path.splitext(path)[1].lower(), image.name)
     if name != image.name:
@@ -2889,9 +2898,9 @@ class Editor:
     def _measure(self, place):
         """Return level and noise at a place, or the reason why not, measured once."""
         if place not in self._measured:
-            point = Points(*np.array([place]).T, np.zeros(1, int))
             try:
-                self._measured[place] = np.vstack(measure_levels(self.image, point, self.settings.sigma))
+                found = measure_levels(self.image, unchecked_points([place]), self.settings.sigma)
+                self._measured[place] = np.vstack(found)
             except RmgradientError as error:
                 self._measured[place] = str(error).partition(') ')[2]
         return self._measured[place]
@@ -2899,9 +2908,8 @@ class Editor:
     def _draw(self, levels, bad):
         for artist in self._drawn:
             artist.remove()
-        leader = np.maximum.accumulate(np.where(np.signbit(self.pairs).any(axis=1), 0, np.arange(len(self.pairs))))
-        shown, radius = Points(*np.abs(self.pairs).astype(int).T, leader), math.ceil(3 * self.settings.sigma)
-        self._drawn = draw_points(self.left, shown, bad, radius, numbered=False) if len(leader) else []
+        shown, radius = unchecked_points(self.pairs), math.ceil(3 * self.settings.sigma)
+        self._drawn = draw_points(self.left, shown, bad, radius, numbered=False) if len(self.pairs) else []
         self._read_window()
         picture, like, name = self._picture, self._picture, 'give at least three points'
         if self.model:
@@ -3287,7 +3295,7 @@ def read_points(options):
 def points_in(lines, name, options, least):
     """Return the Points in lines of a file; options get the size of the picture that they were saved for, if any."""
     pairs, line_numbers = parse_points_file(lines)
-    numbers_only = re.compile(r'\W*([\d.]+[\s,;()\[\]{}]+-?){3,}[\d.]+\W*')
+    numbers_only = re.compile(rf'\W*([\d.]+{SEPARATORS}-?){{3,}}[\d.]+\W*')
     if any(map(numbers_only.fullmatch, lines)):
         logger.warning('%s: some lines hold more than a pair of numbers; only the first two are used', name)
     if saved := re.match(r'# .*, (\d{1,9}) x (\d{1,9}) pixels, sigma', lines[0]):
