@@ -900,7 +900,7 @@ def _find_worst(choice, centers, noise):
     An error stands out if it is more than `MISFIT` times the typical one, the same of its eight nearest neighbors, and
     the typical noise. The neighbors are asked because where a glow is steep all points are hard to predict.
     """
-    noise = np.median(noise, axis=0)
+    noise = MISFIT * np.median(noise, axis=0)
     rest, found, acquitted, least = np.arange(len(centers)), [], [], MISFIT
     while len(rest) > 3:
         significant = np.abs(significance(choice.errors, choice.standardized, robust_std(choice.standardized), noise))
@@ -922,12 +922,12 @@ def _find_worst(choice, centers, noise):
 
 
 @np.errstate(over='ignore')  # beside errors of zero, others are infinitely large
-def significance(errors, standardized, usual, noise):
-    """Return how many times the usual of its channel each standardized error is, or 0 where noise explains it.
+def significance(errors, standardized, usual, least):
+    """Return how many times the usual of its channel each standardized error is, 0 for errors up to the least.
 
-    Errors and standardized ones as in `left_out_errors`, (n_points, n_channels); the usual and noise, (n_channels,).
+    Errors and standardized ones as in `left_out_errors`, (n_points, n_channels); usual and least, (n_channels,).
     """
-    return np.where(np.abs(errors) > MISFIT * noise, standardized / usual, 0)
+    return np.where(np.abs(errors) > least, standardized / usual, 0)
 
 
 def robust_std(errors):
@@ -1022,6 +1022,7 @@ def _fit_scale(points, levels, light):
 
 # ---- Automatic points -----------------------------------------------------------------------------------------------
 
+FIRST_STEPS, MOST_STARTS = 3, 10  # of concentration: then only the most promising starts go on
 DEGREES = range(1, 9)  # of the polynomials; a higher one would follow nebulae
 AGREES = 1.3  # times the 99 % quantile of chi-squared: a place within is on the surface
 DROPPED = 5.0  # cost of a place off the surface: with 8, broad surfaces that swallow nebulae win; with 3, it collapses
@@ -1030,6 +1031,8 @@ LEAST_VARIANCE = 0.25  # of the levels about the surface, in units of their nois
 NEIGHBORS = 1.7  # cells: places no farther are neighbors, also across a corner
 RIM = 0.4  # a place with a larger part of its neighbors off the surface is on the rim of a nebula
 CORNER = 6  # places: a smaller group in a corner is a glow that ends there
+GROUP = 3  # neighbors off the surface are a nebula or the end of a glow; fewer are stars
+MOST_END, ROUGH = 0.2, 6.0  # part of all places, and typical errors: a larger or rougher group is no end of a glow
 STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to be left out, to come back, and beside what is left out
 LEAST_GIVEN = 5  # certain points that others can grow from: of fewer, none is predicted by the others
 AS_PREDICTED, ROUNDS = 2.0, 30  # typical errors within which a place joins, and how often all are judged at most
@@ -1109,7 +1112,7 @@ def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIG
         sky, scatter = find_consensus(sites)
         agree = scatter < MOST_SCATTER and sky.mean() > LEAST_SKY and sky[certain].all()
         if agree or n_given < LEAST_GIVEN:
-            sky |= small_corners(sky, sites)
+            sky |= ends_of_glows(sky, sites)
             sky = (sky & ~rims(sky, sites)) | certain
         else:
             sky, agree = grow_from_certain(sites), True
@@ -1187,8 +1190,11 @@ def find_consensus(sites):
             break
         least = int(max(n_places / 2, 1.5 * surfaces.n_terms + n_channels))
         sky = np.array(starts)
-        for _ in range(10):
-            sky = nearest(surfaces.fit(sky)[2], least)
+        for step in range(10):
+            _, covariance, distances = surfaces.fit(sky)
+            sky = nearest(distances, least)
+            if step == FIRST_STEPS:
+                sky = sky[np.argsort(np.linalg.slogdet(covariance)[1])[:MOST_STARTS]]
         for step in range(10):
             # The half nearest to a surface scatters less than all that belongs to it.
             distances = surfaces.fit(sky)[2] / (1.5 if step == 0 else 1)
@@ -1265,15 +1271,15 @@ def grow_from_certain(sites):
     The adaptive model through what is sky predicts the others, and knows how far it may be off (kriging). Where it is
     most certain, those join that are as predicted; all are judged anew by the model through more of them.
     """
-    sky = sites.certain
+    sky, least = sites.certain, MISFIT * sites.noise
     for _ in range(ROUNDS):
         choice = fit_sites(sky, sites)
         usual, off, deviation = robust_std(choice.standardized), np.zeros(len(sky)), np.zeros(len(sky))
-        off[sky] = np.abs(significance(choice.errors, choice.standardized, usual, sites.noise)).max(axis=1)
+        off[sky] = np.abs(significance(choice.errors, choice.standardized, usual, least)).max(axis=1)
         if not sky.all():
             errors, deviation[~sky] = predict_others(choice, sites.points.centers, sites.levels, sky)
             standardized = errors / deviation[~sky, None]
-            off[~sky] = np.abs(significance(errors, standardized, usual, sites.noise)).max(axis=1)
+            off[~sky] = np.abs(significance(errors, standardized, usual, least)).max(axis=1)
             near = deviation <= np.quantile(deviation[~sky], 0.3)
         before, sky = sky, sites.certain | (off < AS_PREDICTED) & (sky | near)
         if (sky == before).all():
@@ -1287,16 +1293,31 @@ def rims(sky, sites):
     return (near & ~sky).sum(axis=1) > RIM * np.maximum(near.sum(axis=1), 1)
 
 
-def small_corners(sky, sites):
-    """Tell which places off the surface are a small group in a corner of the frame: a glow that ends there."""
+def groups_off(sky, sites):
+    """Return the groups of neighbors off the surface, each as (n_places,) bool, the smallest first."""
     joined = sites.neighbors() & ~sky & ~sky[:, None]
     group = np.where(sky, -1, np.arange(len(sky)))
     while (group != (group := np.maximum(group, np.where(joined, group, -1).max(axis=1)))).any():
         pass
-    at_corner = (sites.from_border() < sites.cell).all(axis=1)
-    found, sizes = np.unique(group[~sky], return_counts=True)
-    small = found[(sizes <= CORNER) & np.isin(found, group[at_corner])]
-    return np.isin(group, small) & ~sky
+    return sorted((group == i for i in np.unique(group[~sky])), key=np.sum)
+
+
+def ends_of_glows(sky, sites):
+    """Tell which places off the surface are the ends of glows, more than a polynomial follows.
+
+    Those are a few in a corner, as of an amplifier's glow, and small groups at the border, if none stands out from the
+    adaptive model through sky and group: a glow is smooth to the noise, and a nebula is not.
+    """
+    all_sky, at_border = sky, sites.from_border() < sites.cell
+    for group in groups_off(sky, sites):
+        both, size = all_sky | group, group.sum()
+        if size <= CORNER and at_border[group].all(axis=1).any():
+            all_sky = both
+        elif GROUP <= size <= MOST_END * len(sky) and at_border[group].any():
+            standardized = fit_sites(both, sites).standardized
+            if np.abs(standardized / robust_std(standardized))[group[both]].max() < ROUGH:
+                all_sky = both
+    return all_sky & ~sky
 
 
 def follow_model(sky, sites):
@@ -1310,14 +1331,14 @@ def follow_model(sky, sites):
     tried = np.zeros(len(sky), bool)
     while True:
         choice = fit_sites(sky, sites)
-        out = places_above(choice, sky, sites, STANDS_OUT)
+        out = places_above(choice, sky, sites, STANDS_OUT, MISFIT * sites.noise)
         if out.any():
             sky = sky & ~out
             continue
         if sky.all():
             return sky
         errors, deviation = predict_others(choice, sites.points.centers, sites.levels, sky)
-        off = significance(errors, errors / deviation[:, None], robust_std(choice.standardized), sites.noise)
+        off = significance(errors, errors / deviation[:, None], robust_std(choice.standardized), MISFIT * sites.noise)
         predicted = brightness[~sky] - (errors / np.maximum(sites.noise, np.finfo(float).tiny)).sum(axis=1)
         joins = np.zeros(len(sky), bool)
         joins[~sky] = (np.abs(off).max(axis=1) < JOINS) & (predicted > np.quantile(brightness[sky], 0.9))
@@ -1328,11 +1349,18 @@ def follow_model(sky, sites):
 
 
 def leave_faint_ends(sky, sites):
-    """Leave out faint ends of nebulae: beside what is left out inside of the frame, less is enough."""
-    away = distances_between(sites.points.centers, sites.points.centers[~sky]).min(axis=1, initial=np.inf)
+    """Leave out faint ends of nebulae: inside of the frame, beside a group that shines, little excess is enough."""
+    if sky.all():
+        return sky
+    nebulae = sum((group for group in groups_off(sky, sites) if group.sum() >= GROUP), np.zeros(len(sky), bool))
+    choice = fit_sites(sky, sites)
+    errors, _ = predict_others(choice, sites.points.centers, sites.levels, sky)
+    nebulae[~sky] &= (errors / np.maximum(sites.noise, np.finfo(float).tiny)).sum(axis=1) > 0
+    away = distances_between(sites.points.centers, sites.points.centers[nebulae]).min(axis=1, initial=np.inf)
     beside = (away < 2.5 * sites.cell) & (sites.from_border().min(axis=1) > sites.cell)
-    while (out := places_above(fit_sites(sky, sites), sky, sites, FAINT, beside)).any():
+    while (out := places_above(choice, sky, sites, FAINT, sites.noise, beside)).any():
         sky = sky & ~out
+        choice = fit_sites(sky, sites)
     return sky
 
 
@@ -1343,11 +1371,14 @@ def fit_sites(sky, sites):
     return choose_model(sites.points.centers[sky], sites.levels[sky], sites.points.leader[sky])
 
 
-def places_above(choice, sky, sites, limit, where=True):
-    """Tell which places of some stand out most above the prediction from the others; certain ones never do."""
+def places_above(choice, sky, sites, limit, least, where=True):
+    """Tell which places of some stand out most above the prediction from the others; certain ones never do.
+
+    Limit and least: in typical errors, and in data units, see `significance`.
+    """
     excess = np.zeros(len(sky))
     usual = robust_std(choice.standardized)
-    excess[sky] = significance(choice.errors, choice.standardized, usual, sites.noise).max(axis=1)
+    excess[sky] = significance(choice.errors, choice.standardized, usual, least).max(axis=1)
     excess[sites.certain | ~np.broadcast_to(where, sky.shape)] = 0
     return excess > max(limit, 0.6 * excess.max())
 
@@ -2819,7 +2850,7 @@ class Editor:
         self._picture, self._factor = read_binned(image, 0, width, 0, height, 700)  # as large as it is drawn
         self.figure, (self.left, self.right) = plt.subplots(1, 2, figsize=(14, 6), layout='constrained', sharex=True,
                                                             sharey=True)
-        self._status = self.figure.supxlabel(self.HELP, fontsize=9)
+        self.status = self.figure.supxlabel(self.HELP, fontsize=9)
         self._images = [axes.imshow(self._stretch(self._picture, self._picture), cmap='gray', vmin=0, vmax=255,
                                     extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
                         for axes in (self.left, self.right)]
@@ -2837,11 +2868,11 @@ class Editor:
                              ('button_release_event', self._release), ('key_press_event', self._key)):
             canvas.mpl_connect(event, react)
         # One timer that fires once: what happens before it does is gathered, so that no refits pile up.
-        self._timer = canvas.new_timer(interval=30)
-        self._timer.single_shot = True
-        self._timer.add_callback(self.update)
+        self.timer = canvas.new_timer(interval=30)
+        self.timer.single_shot = True
+        self.timer.add_callback(self.update)
         for name in ('xlim_changed', 'ylim_changed'):
-            self.left.callbacks.connect(name, lambda _: self._timer.start())
+            self.left.callbacks.connect(name, lambda _: self.timer.start())
         self.update()
         self.figure.draw_without_rendering()
         self.figure.set_layout_engine('none')  # once is enough
@@ -2872,7 +2903,7 @@ class Editor:
         for i in sorted(reasons)[-2:]:
             x, y = np.abs(self.pairs[i]).astype(int)
             text += f'; point {i + 1} at ({x}, {y}) {reasons[i]}'
-        self._status.set_text(f'{text}\n{self.HELP}')
+        self.status.set_text(f'{text}\n{self.HELP}')
         unsaved = '' if np.array_equal(self._saved, self.pairs) else ' - points not saved'
         self.left.set_title(self._title + unsaved, fontsize=10)
         self.figure.canvas.draw_idle()
@@ -2940,7 +2971,7 @@ class Editor:
         """Take pairs, and remember those before for undo."""
         self._done.append(self.pairs if before is None else before)
         self.pairs, self._undone = pairs, []
-        self._timer.start()
+        self.timer.start()
 
     def _near(self, event):
         """Return the index of the point at the pointer, within some ten pixels of the screen, or None."""
@@ -2963,7 +2994,7 @@ class Editor:
             height, width, _ = self.image.shape
             place = np.clip([round(event.xdata), round(event.ydata)], 0, [width - 1, height - 1])
             self.pairs = move_pair(self.pairs, self._dragged[0], *place)
-            self._timer.start()
+            self.timer.start()
 
     def _release(self, _):
         if self._dragged and not np.array_equal(self._dragged[1], self.pairs):
@@ -2991,9 +3022,9 @@ class Editor:
             elif key in ('enter', 'return', 'escape'):
                 self.accepted = key != 'escape' and bool(self.points())  # an error if there are too few
                 return self._close()
-            self._timer.start()
+            self.timer.start()
         except (RmgradientError, OSError) as error:
-            self._status.set_text(f'{error}\n{self.HELP}')
+            self.status.set_text(f'{error}\n{self.HELP}')
             self.figure.canvas.draw_idle()
 
     def save(self):
@@ -3001,7 +3032,7 @@ class Editor:
         name, self._saved = self._save(self.points()), self.pairs
         self.update()
         left_out = f', without {len(self.unusable)} that can not be used' if self.unusable else ''
-        self._status.set_text(f'{name} written{left_out}\n{self.HELP}')
+        self.status.set_text(f'{name} written{left_out}\n{self.HELP}')
 
     def _close(self):
         import matplotlib.pyplot as plt
@@ -3108,14 +3139,14 @@ def process(options):
             load_matplotlib()
     if options.edit:
         choose_toolkit()
-    points = read_points(options)
+    points, saved_for = read_points(options)
     if len(jobs) == 1:
-        process_picture(*jobs[0], points, options, True)
+        process_picture(*jobs[0], points, saved_for, options, True)
         return
     n_failed = 0
     for path, outputs in progress_bar('picture')(jobs, len(jobs)):
         try:
-            process_picture(path, outputs, points, options, False)
+            process_picture(path, outputs, points, saved_for, options, False)
         except (RmgradientError, OSError, MemoryError) as error:
             logger.error('%s', explain(error, path))
             n_failed += 1
@@ -3145,8 +3176,8 @@ def list_jobs(options):
     return jobs
 
 
-def process_picture(path, outputs, points, options, alone):
-    """Correct one picture, with a progress bar if it is alone; with -a, points are chosen beside those given."""
+def process_picture(path, outputs, points, saved_for, options, alone):
+    """Correct one picture, with a progress bar if it is alone; points and what they were saved for: `read_points`."""
     with about(path):
         image = open_picture(path)
     megapixels = f' {image.shape[0] * image.shape[1] / 1e6:.3g} megapixels'
@@ -3157,7 +3188,7 @@ def process_picture(path, outputs, points, options, alone):
         for kind in outputs.keys() & {'output', 'background'}:
             with about(outputs[kind]):
                 check_output(image, outputs[kind], options.compress)
-        if (saved_for := getattr(options, 'saved_for', image.shape[:2])) != image.shape[:2]:
+        if saved_for not in (None, image.shape[:2]):
             logger.warning('%s: has %d x %d pixels, and the points were saved for a picture of %d x %d', path,
                            *image.shape[1::-1], *saved_for[::-1])
         if image.bottom_up:
@@ -3278,29 +3309,28 @@ def fit_with_reference(path, image, points, options, starmap):
 
 
 def read_points(options):
-    """Return the points of -p or -f, or None."""
+    """Return the points of -p or -f, if any, and height and width of the picture that they were saved for, if known."""
     least = 3 if options.auto is None and not options.edit else 1
     if options.points is not None:
-        return make_points(options.points, least=least)
-    if options.points_file == '-':
-        with about('standard input'):
-            lines = read_lines(sys.stdin.buffer if sys.stdin else io.BytesIO())
-            return points_in(lines, 'standard input', options, least)
-    if options.points_file:
-        with about(options.points_file), open(options.points_file, 'rb') as file:
-            return points_in(read_lines(file), options.points_file, options, least)
-    return None
-
-
-def points_in(lines, name, options, least):
-    """Return the Points in lines of a file; options get the size of the picture that they were saved for, if any."""
-    pairs, line_numbers = parse_points_file(lines)
+        return make_points(options.points, least=least), None
+    if options.points_file is None:
+        return None, None
+    with contextlib.ExitStack() as stack:
+        if options.points_file == '-':
+            name, file = 'standard input', sys.stdin.buffer if sys.stdin else io.BytesIO()
+            stack.enter_context(about(name))
+        else:
+            name = options.points_file
+            stack.enter_context(about(name))
+            file = stack.enter_context(open(name, 'rb'))
+        lines = read_lines(file)
+        pairs, line_numbers = parse_points_file(lines)
+        points = make_points(pairs, [f'{name}, line {i}' for i in line_numbers], least)
     numbers_only = re.compile(rf'\W*([\d.]+{SEPARATORS}-?){{3,}}[\d.]+\W*')
     if any(map(numbers_only.fullmatch, lines)):
         logger.warning('%s: some lines hold more than a pair of numbers; only the first two are used', name)
-    if saved := re.match(r'# .*, (\d{1,9}) x (\d{1,9}) pixels, sigma', lines[0]):
-        options.saved_for = int(saved[2]), int(saved[1])
-    return make_points(pairs, [f'{name}, line {i}' for i in line_numbers], least)
+    saved = re.match(r'# .*, (\d{1,9}) x (\d{1,9}) pixels, sigma', lines[0])
+    return points, saved and (int(saved[2]), int(saved[1]))
 
 
 def read_lines(file):

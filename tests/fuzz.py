@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-from conftest import draw, scatter, words
+from helpers import draw, scatter, words
 from tiff_files import write_tiff
 
 import rmgradient

@@ -11,7 +11,7 @@ import make_sky
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, draw, posix, scatter, words
+from helpers import ROOT, draw, posix, scatter, words
 from numpy.testing import assert_array_equal
 
 import rmgradient as rg
@@ -355,7 +355,7 @@ def test_script_through_xargs(tmp_path):
 def test_commands_for_many_pictures(cli, tool):
     if tool != '-i *' and not shutil.which(tool):
         pytest.skip(f'needs {tool}')
-    for i in range(4):
+    for i in range(2):
         tifffile.imwrite(f'{i}.tif', cli.sky, photometric='rgb')
     (cli.folder / 'points').write_text('\n'.join(f'{x} {y}' for x, y in cli.points))
     (cli.folder / '4.tif').write_text('no picture')
@@ -369,9 +369,9 @@ def test_commands_for_many_pictures(cli, tool):
                           env={**os.environ, 'PATH': f'{cli.folder}{os.pathsep}{os.environ["PATH"]}'})
     assert done.returncode != 0  # one of them failed
     assert 'rmgradient: error: 4.tif: neither a TIFF nor a FITS picture\n' in done.stderr
-    assert (tool != '-i *') == ('1 of 6 pictures failed, 5 are done' not in done.stderr)
-    assert sorted(os.listdir('corrected')) == ['0.tif', '1.tif', '2.tif', '3.tif', 'sky.tif']
-    outputs = [(cli.folder / 'corrected' / f'{i}.tif').read_bytes() for i in range(4)]
+    assert (tool != '-i *') == ('1 of 4 pictures failed, 3 are done' not in done.stderr)
+    assert sorted(os.listdir('corrected')) == ['0.tif', '1.tif', 'sky.tif']
+    outputs = [(cli.folder / 'corrected' / f'{i}.tif').read_bytes() for i in range(2)]
     assert len(set(outputs)) == 1
 
 

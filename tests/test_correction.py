@@ -3,7 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import draw
+from helpers import draw
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT
+from helpers import ROOT
 from matplotlib.backend_bases import KeyEvent, MouseEvent
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -101,7 +101,7 @@ class Hand:
 
     @property
     def status(self):
-        return self.editor._status.get_text()
+        return self.editor.status.get_text()
 
     @property
     def title(self):
@@ -165,12 +165,12 @@ def test_background_is_that_of_the_points(hand, sky):
     expected = rg.fit_background(rg.make_points(PLACES), rg.measure_levels(sky, rg.make_points(PLACES))[0])
     assert_allclose(hand.editor.model.evaluate(0, HEIGHT, WIDTH), expected.evaluate(0, HEIGHT, WIDTH), rtol=1e-9)
     assert 'result' in hand.editor.right.get_title()
-    result = hand.editor._images[1].get_array()
+    result = hand.editor.right.images[0].get_array()
     assert_allclose(result, 255 * rg.stretch_midtones(sky - expected.evaluate(0, HEIGHT, WIDTH)), atol=4)
     hand.press('v')
     assert 'background' in hand.editor.right.get_title()
     background = rg.stretch_midtones(expected.evaluate(0, HEIGHT, WIDTH), sky.astype(float))
-    assert_allclose(hand.editor._images[1].get_array(), 255 * background, atol=1)
+    assert_allclose(hand.editor.right.images[0].get_array(), 255 * background, atol=1)
 
 
 def test_isoline_by_shift(hand):
@@ -193,7 +193,8 @@ def test_what_can_not_be_used_is_said(hand):
     assert hand.editor.unusable == {7: 'is within 24 pixels of the border; use a smaller sigma or move it'}
     assert 'point 8 at (5, 200) is within 24 pixels' in hand.status
     assert len(hand.editor.points().x) == 7
-    colors = hand.editor._drawn[1].get_edgecolors()
+    rings = hand.editor.left.collections[1]
+    colors = rings.get_edgecolors()
     red = (colors == [1, 0, 0, 1]).all(axis=1)
     assert red.tolist() == [False] * 7 + [True]
     hand.drag((5, 200), (40, 200))
@@ -257,11 +258,11 @@ def test_zoom_shows_the_pixels(sky):
     matplotlib.use('Agg')
     large = np.kron(sky, np.ones((5, 5, 1), np.uint16))
     editor = rg.Editor(large, [], argparse.Namespace(**SETTINGS), 'large', None)
-    assert editor._images[0].get_array().shape[:2] == (400, 600)
+    assert editor.left.images[0].get_array().shape[:2] == (400, 600)
     editor.left.set_xlim(1000, 1200)
     editor.left.set_ylim(1100, 1000)
     editor.update()
-    shown = editor._images[0]
+    shown = editor.left.images[0]
     left, right, bottom, top = shown.get_extent()
     assert shown.get_array().shape[:2] == (101, 201)
     assert (left, right, bottom, top) == (999.5, 1200.5, 1100.5, 999.5)
@@ -279,11 +280,11 @@ def test_only_new_levels_are_measured_and_one_refit_waits(hand, monkeypatch):
         measured.append(len(points.x))
         return real(image, points, sigma)
     monkeypatch.setattr(rg, 'measure_levels', watch)
-    monkeypatch.setattr(hand.editor._timer, 'start', lambda: started.append(1))
+    monkeypatch.setattr(hand.editor.timer, 'start', lambda: started.append(1))
     hand.drag((120, 200), *((120 + i, 200) for i in range(1, 50)))
     assert measured == [1]  # at the end; the fifty steps between only set the timer anew
     assert len(started) >= 49
-    assert hand.editor._timer.single_shot
+    assert hand.editor.timer.single_shot
 
 
 def test_gray_pictures_and_other_methods(sky):
@@ -291,7 +292,7 @@ def test_gray_pictures_and_other_methods(sky):
     for method, level in (('divide', None), ('stretch', 'darkest'), ('subtract', 3000.0)):
         settings = argparse.Namespace(**{**SETTINGS, 'method': method, 'sky': level})
         editor = rg.Editor(sky[..., :1], PLACES, settings, 'gray', None)
-        assert editor._images[1].get_array().shape == (HEIGHT, WIDTH)
+        assert editor.right.images[0].get_array().shape == (HEIGHT, WIDTH)
         assert 'result' in editor.right.get_title()
     plt.close('all')
 
@@ -363,7 +364,7 @@ def test_nan_is_shown_without_a_word(sky):
     holey = sky.astype(np.float32)
     holey[:, :30] = np.nan
     editor = rg.Editor(holey, PLACES, argparse.Namespace(**SETTINGS), 'sky', None)
-    assert (editor._images[0].get_array()[:, :30] == 0).all()
+    assert (editor.left.images[0].get_array()[:, :30] == 0).all()
     plt.close('all')
 
 

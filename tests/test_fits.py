@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, draw, scatter, words
+from helpers import ROOT, draw, scatter, words
 from numpy.testing import assert_array_equal
 
 import rmgradient as rg
@@ -61,7 +61,7 @@ def test_pixels_are_those_of_a_tiff(run, dtype, n_channels):
     sky, _ = draw(n_channels=n_channels, dtype=np.dtype(dtype))
     fits.writeto('sky.fits', planes(sky))
     tifffile.imwrite('sky.tif', sky, photometric='rgb' if n_channels == 3 else 'minisblack')
-    for arguments in ([], ['--dither', '--rows', '7'], ['--smooth', '0.1'], ['--divide'], ['--sky', 'color']):
+    for arguments in (['--dither', '--rows', '7'], ['--smooth', '0.1'], ['--divide', '--sky', 'color']):
         out = run('-b', 'b.fits', '--overwrite', *arguments)
         assert run.cli('-b', 'b.tif', '--overwrite', *arguments) == 0
         assert out.dtype.newbyteorder('=') == np.dtype(dtype)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
-from conftest import draw, scatter
+from helpers import draw, scatter
 from numpy.testing import assert_allclose
 from scipy.ndimage import gaussian_filter
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, draw, words
+from helpers import ROOT, draw, words
 from numpy.testing import assert_array_equal
 
 import rmgradient as rg

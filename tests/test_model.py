@@ -5,7 +5,7 @@ import make_sky
 import numpy as np
 import pytest
 import threadpoolctl
-from conftest import scatter
+from helpers import scatter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
@@ -202,7 +202,7 @@ def test_flat_channel_beside_others_stays_flat():
     assert_allclose(background[..., 1], 777.0, rtol=1e-12)
 
 
-@pytest.mark.parametrize('n', [10, 40, 100])
+@pytest.mark.parametrize('n', [10, 60])
 def test_candidates_never_make_the_equations_singular(n, monkeypatch):
     points, levels = problem(n=n)
     for shape, smooth in itertools.product(rg.SHAPES, rg.SMOOTHNESS):
@@ -298,7 +298,7 @@ def assert_evaluates(model, levels, height, width, rows):
         assert (np.abs(background[some_y - start, some_x] - direct) <= 1e-9 * scale).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_evaluation_is_direct_evaluation(data):
     height = data.draw(st.sampled_from([1, 2, 50, 101, 400, 3000]), 'height')

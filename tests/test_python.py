@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, draw, scatter
+from helpers import ROOT, draw, scatter
 from numpy.testing import assert_array_equal
 
 import rmgradient as rg

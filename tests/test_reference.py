@@ -122,8 +122,8 @@ def test_bad_places_are_left_out():
 
 
 @pytest.mark.parametrize(('spoil', 'most'), [
-    (lambda reference: shift(reference, (1, 0, 0), mode='nearest'), 20),
-    (lambda reference: shift(reference, (0, 2, 0), mode='nearest'), 40),
+    (lambda reference: shift(reference, (1, 0, 0), order=0, mode='nearest'), 20),
+    (lambda reference: shift(reference, (0, 2, 0), order=0, mode='nearest'), 40),
     (lambda reference: rotate(reference, 0.2, axes=(1, 0), reshape=False, order=1, mode='nearest'), 20),
     (lambda reference: gaussian_filter(reference, (2.2, 2.2, 0)), 10)])
 def test_registration_need_not_be_perfect(spoil, most):
@@ -207,11 +207,11 @@ def test_session_gets_one_background(two):
     (two.folder / 'out').mkdir()
     rng = np.random.default_rng(20)
     best = 800 + field() + 300 * U[..., None]
-    frames = [rng.uniform(0.7, 1.1) * field() + glow(rng) + rng.normal(0, 50, best.shape) for _ in range(6)]
+    frames = [rng.uniform(0.7, 1.1) * field() + glow(rng) + rng.normal(0, 50, best.shape) for _ in range(4)]
     tifffile.imwrite('best.tif', np.rint(best + rng.normal(0, 50, best.shape)).astype(np.uint16), photometric='rgb')
     for i, frame in enumerate(frames):
         tifffile.imwrite(f'night/{i}.tif', np.rint(frame).astype(np.uint16), photometric='rgb')
-    pictures = ['-i', *(f'night/{i}.tif' for i in range(6)), '-o', 'out', '-q']
+    pictures = ['-i', *(f'night/{i}.tif' for i in range(4)), '-o', 'out', '-q']
     assert two(*pictures, '--reference', 'best.tif', points=['-a']) == 0
 
     def gradient_left(stack):
@@ -220,7 +220,7 @@ def test_session_gets_one_background(two):
         values = gaussian_filter(stack[..., 0], 6).ravel()[::7]
         return (values - terms @ np.linalg.lstsq(terms, values, rcond=None)[0]).std()
 
-    corrected = np.mean([tifffile.imread(f'out/{i}.tif').astype(float) for i in range(6)], axis=0)
+    corrected = np.mean([tifffile.imread(f'out/{i}.tif').astype(float) for i in range(4)], axis=0)
     assert gradient_left(np.mean(frames, axis=0)) > 100
     assert gradient_left(corrected) < 5
     assert_array_equal(corrected.shape, best.shape)

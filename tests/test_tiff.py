@@ -10,7 +10,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-from conftest import draw, posix
+from helpers import draw, posix
 from numpy.testing import assert_allclose, assert_array_equal
 from tiff_files import HEIGHT, WIDTH, gray_tags, read_tags, write_rich, write_tiff
 
@@ -46,7 +46,7 @@ KINDS_OF_PIXELS = [('<', 'contig', 3), ('>', 'separate', 4), ('>', 'contig', 2),
 
 
 @pytest.mark.parametrize(('layout', 'coding', 'dtype'), [
-    *itertools.product(LAYOUTS, CODINGS, ['u2', 'f4']),
+    *itertools.product(LAYOUTS, CODINGS, ['u2']), *itertools.product(['strips', 'tiles'], CODINGS, ['f4']),
     *itertools.product(['strips', 'tiles'], ['none', 'deflate, predictor', 'LZW, predictor'],
                        ['u1', 'u4', 'i1', 'i2', 'i4', 'f2', 'f8']),
     *itertools.product(['strips', 'tiles'], ['none', 'deflate'], ['u8', 'i8'])])
@@ -119,15 +119,15 @@ def test_orientation_is_a_tag(cli, orientation):
         assert_array_equal(tif.asarray(), tifffile.imread('plain.tif'))
 
 
-def test_segments_are_decoded_once(tmp_path):
+def test_segments_are_decoded_once(tmp_path, monkeypatch):
     sky, _ = draw()
     tifffile.imwrite(tmp_path / 'a.tif', sky, photometric='rgb', compression='zlib', tile=(64, 64))
+    read, segments = rg.RandomAccess.read, []
     with rg.TiffImage(str(tmp_path / 'a.tif')) as image:
-        decoded, decode = [], image._page.decode
-        image._page.decode = lambda data, index: (decoded.append(index), decode(data, index))[1]
+        monkeypatch.setattr(rg.RandomAccess, 'read', lambda *arguments: segments.append(1) or read(*arguments))
         for y in range(0, HEIGHT, 10):
             assert_array_equal(image.read(y, y + 10), sky[y:y + 10])
-        assert sorted(decoded) == list(range(4))
+    assert len(segments) == 4
 
 
 def test_many_threads_read_the_same(tmp_path):
