@@ -130,6 +130,10 @@ class Damage(RmgradientError):
     """What a file declares can't be."""
 
 
+class NamedError(RmgradientError):
+    """An error whose message begins with the name of the file that it is about."""
+
+
 def printable(text):
     """Return text in which what is not printable, such as control characters in the name of a file, is escaped."""
     return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in str(text))
@@ -137,13 +141,15 @@ def printable(text):
 
 @contextlib.contextmanager
 def about(name):
-    """Begin the message of what goes wrong inside, with our data or with the system's files, with a name."""
+    """Begin the message of what goes wrong inside, by our errors or the system's, with a name if it has none."""
     try:
         yield
+    except NamedError:
+        raise
     except RmgradientError as error:
-        raise RmgradientError(f'{name}: {error}') from error
+        raise NamedError(f'{name}: {error}') from error
     except OSError as error:
-        raise RmgradientError(f'{name}: {error.strerror or error}') from error
+        raise NamedError(f'{name}: {error.strerror or error}') from error
 
 
 # ---- Points ---------------------------------------------------------------------------------------------------------
@@ -225,8 +231,10 @@ def parse_points_file(lines):
             words[::2], words[1::2], fillvalue=(0, []))]
     pairs = []
     for i, line in words:
-        with about(f'line {i}'):
+        try:
             pairs.extend(parse_coordinates(line))
+        except RmgradientError as error:
+            raise RmgradientError(f'line {i}: {error}') from error
     return np.array(pairs).reshape(-1, 2), [i for i, _ in words]
 
 
@@ -1037,12 +1045,13 @@ STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to be left out, to c
 LEAST_GIVEN = 5  # certain points that others can grow from: of fewer, none is predicted by the others
 AS_PREDICTED, ROUNDS = 2.0, 30  # typical errors within which a place joins, and how often all are judged at most
 MOST_SCATTER, LEAST_SKY = 4.0, 0.6  # noises, and part of the places: beyond, they are said not to agree
+OUTER_PARTS = (('upper left', 'top', 'upper right'), ('left', None, 'right'), ('lower left', 'bottom', 'lower right'))
 
 
 class Chosen(NamedTuple):
     """Points that were chosen, out of how many quiet places, and whether these agree on a smooth surface.
 
-    Where sky grew from certain points, it agrees with these by construction.
+    Where sky grew from certain points: whether the points predict each other to a few times their noise.
     """
 
     points: Points
@@ -1115,9 +1124,16 @@ def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIG
             sky |= ends_of_glows(sky, sites)
             sky = (sky & ~rims(sky, sites)) | certain
         else:
-            sky, agree = grow_from_certain(sites), True
+            sky = grow_from_certain(sites)
+            agree = (robust_std(fit_sites(sky, sites).errors) < MOST_SCATTER * sites.noise).all()
         sky = leave_faint_ends(follow_model(sky, sites), sites)
     return Chosen(points.subset(sky), len(sky) - n_given, agree)
+
+
+def parts_without(points, height, width):
+    """Return the names of the outer ninths of the frame that have no point, the first row being at the top."""
+    found = {(3 * y // height, 3 * x // width) for x, y in zip(points.x.tolist(), points.y.tolist())}
+    return [name for i, row in enumerate(OUTER_PARTS) for j, name in enumerate(row) if name and (i, j) not in found]
 
 
 class Sites(NamedTuple):
@@ -3141,12 +3157,14 @@ def process(options):
         choose_toolkit()
     points, saved_for = read_points(options)
     if len(jobs) == 1:
-        process_picture(*jobs[0], points, saved_for, options, True)
+        with about(jobs[0][0]):
+            process_picture(*jobs[0], points, saved_for, options, True)
         return
     n_failed = 0
     for path, outputs in progress_bar('picture')(jobs, len(jobs)):
         try:
-            process_picture(path, outputs, points, saved_for, options, False)
+            with about(path):
+                process_picture(path, outputs, points, saved_for, options, False)
         except (RmgradientError, OSError, MemoryError) as error:
             logger.error('%s', explain(error, path))
             n_failed += 1
@@ -3178,8 +3196,7 @@ def list_jobs(options):
 
 def process_picture(path, outputs, points, saved_for, options, alone):
     """Correct one picture, with a progress bar if it is alone; points and what they were saved for: `read_points`."""
-    with about(path):
-        image = open_picture(path)
+    image = open_picture(path)
     megapixels = f' {image.shape[0] * image.shape[1] / 1e6:.3g} megapixels'
     progress = progress_bar('strip', megapixels) if alone else lambda results, *_: results
     with image, threads(progress) as starmap:
@@ -3193,17 +3210,16 @@ def process_picture(path, outputs, points, saved_for, options, alone):
                            *image.shape[1::-1], *saved_for[::-1])
         if image.bottom_up:
             logger.info('%s: y of points counts from the bottom row, the first that is stored', path)
-        with about(path):
-            if options.auto is not None and not options.reference:
-                points = report_chosen(path, points, choose_points(image, options.auto or AUTO, options.sigma, points,
-                                                                   starmap))
-            if options.edit:
-                points = edit_points(path, image, points, outputs, options)
-                if points is None:
-                    logger.info('%s: left without a change', path)
-                    return
-            levels, model, misfits, points = fit_picture(path, image, points, options, starmap)
-            sky = find_sky(options.sky, options.method, levels, model, *image.shape[:2], options.rows, starmap)
+        if options.auto is not None and not options.reference:
+            chosen = choose_points(image, options.auto or AUTO, options.sigma, points, starmap)
+            points = report_chosen(path, image, points, chosen)
+        if options.edit:
+            points = edit_points(path, image, points, outputs, options)
+            if points is None:
+                logger.info('%s: left without a change', path)
+                return
+        levels, model, misfits, points = fit_picture(path, image, points, options, starmap)
+        sky = find_sky(options.sky, options.method, levels, model, *image.shape[:2], options.rows, starmap)
         with whole_files(outputs, options.overwrite) as files:
             if files.keys() & {'output', 'background'}:
                 n_limited = write_pictures(path, outputs, files, image, model, sky, options, starmap)
@@ -3290,17 +3306,14 @@ def edit_points(path, image, points, outputs, options):
 
 def fit_with_reference(path, image, points, options, starmap):
     """Return points, levels and the model beside the reference of the command line; with -a at all quiet places."""
-    with about(options.reference):
-        reference = open_picture(options.reference)
-    with reference:
-        with about(options.reference):
-            check_reference(image.shape, reference.shape)
-        if options.auto is not None:
-            n = options.auto or REFERENCE_AUTO
-            points = places_beside_reference(image, reference, n, options.sigma, points, starmap)
-        levels, _ = measure_levels(image, points, options.sigma)
-        with about(options.reference):
-            found = fit_beside_reference(points, levels, measure_levels(reference, points, options.sigma)[0])
+    with about(options.reference), open_picture(options.reference) as reference:
+        check_reference(image.shape, reference.shape)
+        with about(path):
+            if options.auto is not None:
+                n = options.auto or REFERENCE_AUTO
+                points = places_beside_reference(image, reference, n, options.sigma, points, starmap)
+            levels, _ = measure_levels(image, points, options.sigma)
+        found = fit_beside_reference(points, levels, measure_levels(reference, points, options.sigma)[0])
     logger.info('%s: %d of %d points fit the reference, whose scale is %s; they are predicted from the others to %s',
                 path, found.kept.sum(), len(found.kept), ', '.join(
                     f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(found.scale, found.error)),
@@ -3315,14 +3328,10 @@ def read_points(options):
         return make_points(options.points, least=least), None
     if options.points_file is None:
         return None, None
-    with contextlib.ExitStack() as stack:
-        if options.points_file == '-':
-            name, file = 'standard input', sys.stdin.buffer if sys.stdin else io.BytesIO()
-            stack.enter_context(about(name))
-        else:
-            name = options.points_file
-            stack.enter_context(about(name))
-            file = stack.enter_context(open(name, 'rb'))
+    is_stream = options.points_file == '-'
+    name = 'standard input' if is_stream else options.points_file
+    stream = sys.stdin.buffer if sys.stdin else io.BytesIO()
+    with about(name), contextlib.nullcontext(stream) if is_stream else open(name, 'rb') as file:
         lines = read_lines(file)
         pairs, line_numbers = parse_points_file(lines)
         points = make_points(pairs, [f'{name}, line {i}' for i in line_numbers], least)
@@ -3362,10 +3371,9 @@ def write_pictures(path, outputs, files, image, model, sky, options, starmap):
     def correcting(start, stop):
         encoded, n_limited = {}, 0
         if 'output' in files:
-            with about(path):
-                strip = image.read(start, stop)
-                n_limited = correct_rows(strip, start, above, options.method, sky, options.dither, keep_no_data,
-                                         image.blank)
+            strip = image.read(start, stop)
+            n_limited = correct_rows(strip, start, above, options.method, sky, options.dither, keep_no_data,
+                                     image.blank)
             encoded['output'] = writers['output'].encode(strip)
         if 'background' in files:
             background = model.evaluate(start, stop, width)
@@ -3423,14 +3431,22 @@ def progress_bar(unit, text=''):
                                                 leave=False)
 
 
-def report_chosen(path, given, chosen):
-    """Log how many points were chosen, warn if the places did not agree, and return the points."""
-    n_given = len(given.x) if given else 0
-    logger.info('%s: %d points chosen from %d quiet places', path, len(chosen.points.x) - n_given, chosen.n_places)
+def report_chosen(path, image, given, chosen):
+    """Log how many points were chosen, warn of what makes the background uncertain, and return the points."""
+    height, width, _ = image.shape
+    n_given, points = len(given.x) if given else 0, chosen.points
+    beside = f' beside {n_given} given' if n_given else ''
+    logger.info('%s: %d points chosen from %d quiet places%s', path, len(points.x) - n_given, chosen.n_places, beside)
     if not chosen.agree:
         logger.warning('%s: the quiet places do not agree on one smooth sky, as where a nebula or the Milky Way fills '
-                       'the frame; look at --preview, and help -a with five or more certain points of empty sky '
-                       '(-p, -f or --edit), or with a --reference', path)
+                       'the frame, or bands cross it; look at --preview, and help -a with %s certain points of empty '
+                       'sky (-p, -f or --edit), with a finer grid (-a 25), or with a --reference', path,
+                       'more' if n_given else 'five or more')
+    if image.bottom_up:
+        points = points._replace(y=height - 1 - points.y)
+    if parts := parts_without(points, height, width):
+        logger.warning('%s: no point in the %s, where the background is a guess; a finer grid (-a 25) may find some, '
+                       'or give some (-p, -f or --edit)', path, ', '.join(parts))
     return chosen.points
 
 
@@ -3519,9 +3535,9 @@ def build_parser():
     given.add_argument('-f', '--points-file', metavar='FILE',
                         help='the same from a file, one pair a line, # starts a comment; - is standard input')
     choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=0, type=number_from(3, 30, int),
-                        help='choose points, one from each cell of a grid with N cells along the longer side '
-                        f'(default: {AUTO}; {REFERENCE_AUTO} with --reference), where there are neither stars nor '
-                        'nebulae; points given are certain')
+                        help='choose points, one from each cell of a grid with N cells along the longer side, '
+                        f'3 to 30 (default: {AUTO}; {REFERENCE_AUTO} with --reference), where there are neither stars '
+                        'nor nebulae; points given are certain')
 
     choice.add_argument('--edit', action='store_true', help='set points by hand in a window that shows the result; '
                         'begins with those of -p, -f or -a, and names its keys (needs matplotlib)')
@@ -3672,6 +3688,11 @@ class _Handler(logging.StreamHandler):
             sys.modules['tqdm'].tqdm.write(self.format(record), file=self.stream)
         else:
             super().emit(record)
+
+    def handleError(self, record):  # noqa: N802
+        """Leave what can't be said, to a terminal that is gone, unsaid; short memory is said elsewhere."""
+        if isinstance(sys.exc_info()[1], MemoryError):
+            raise
 
 
 class _Formatter(logging.Formatter):

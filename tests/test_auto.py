@@ -328,6 +328,7 @@ def test_a_few_certain_points_rescue_a_frame_full_of_nebula():
     assert helped.points.x[:5].tolist() == [x for x, _ in given]  # all kept, and first
     assert helped.points.y[:5].tolist() == [y for _, y in given]
     assert len(helped.points.x) > 15  # others that agree with them
+    assert helped.agree
     assert error_of(helped.points, sky, background) < 0.4 * error_of(alone.points, sky, background)
 
 
@@ -341,6 +342,34 @@ def test_given_isolines_stay_isolines():
     # No place is chosen that is as good as the same.
     others = np.stack([points.x[5:], points.y[5:]], axis=1)
     assert min(np.hypot(*(others - place).T).min() for place in given.centers) > 16
+
+
+def test_points_that_grew_need_not_agree():
+    """Where the certain points are on nebula themselves, or sky is rough."""
+    sky, _, light = nebula_all_over()
+    y, x = (each[::90] for each in np.nonzero(light[40:-40, 40:-40] > 300))
+    given = np.stack([x, y], axis=1)[np.random.default_rng(1).choice(len(x), 8, replace=False)] + 40
+    assert not rg.choose_points(sky, given=rg.make_points(given)).agree
+
+
+def test_parts_of_the_frame_without_a_point():
+    x, y = np.meshgrid(np.arange(30, 900, 60), np.arange(30, 600, 60))
+    points = rg.make_points(np.stack([x.ravel(), y.ravel()], axis=1))
+    assert rg.parts_without(points, HEIGHT, WIDTH) == []
+    for gone, names in (((points.x > 600) & (points.y > 400), ['lower right']),
+                        (points.y < 210, ['upper left', 'top', 'upper right']),
+                        ((points.x > 290) & (points.x < 610) & (points.y > 190) & (points.y < 410), [])):
+        assert rg.parts_without(points.subset(~gone), HEIGHT, WIDTH) == names
+
+
+def test_warning_of_a_part_without_a_point(big):
+    sky = big.sky.copy()
+    sky[:210, :310] = 65535
+    tifffile.imwrite('sky.tif', sky, photometric='rgb')
+    assert big(points=['-a']) == 0
+    assert 'warning: sky.tif: no point in the upper left, where the background is a guess' in big.stderr
+    assert big('--overwrite', points=['-a', '-p', '30', '300', '400', '300']) == 0
+    assert re.search(r'sky.tif: \d+ points chosen from \d+ quiet places beside 2 given', big.stderr)
 
 
 def test_agreement():

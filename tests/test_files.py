@@ -285,8 +285,8 @@ def test_kill_at_any_moment_leaves_nothing(cli):
     assert n_writing >= 5
 
 
-@pytest.mark.parametrize(('number', 'status'), [('SIGINT', 130), ('SIGTERM', 143), ('SIGHUP', 129)])
-@pytest.mark.parametrize('overwrite', [False, True])
+@pytest.mark.parametrize(('number', 'status', 'overwrite'), [
+    ('SIGINT', 130, False), ('SIGINT', 130, True), ('SIGTERM', 143, True), ('SIGHUP', 129, False)])
 def test_signals_leave_nothing(cli, number, status, overwrite):
     # The best compression of a large picture takes seconds: the signal comes while it is written.
     rng = np.random.default_rng(1)

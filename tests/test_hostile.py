@@ -407,14 +407,14 @@ def test_memory_does_not_grow_with_the_height(cli, arguments):
     """Peaks of two processes, one with a picture six times as high: the same but for a tenth of the rows more."""
     points = words(cli.points) if arguments[-1] == '-p' else []
     peaks = []
-    for height in (600, 3600):
+    for height in (400, 2400):
         sky = np.random.default_rng(1).integers(1000, 1050, (height, 600, 3), np.uint16)
         tifffile.imwrite('hostile.tif', sky, photometric='rgb', rowsperstrip=100)
         done = subprocess.run([sys.executable, '-c', MEASURED, ROOT, '-q', '-i', 'hostile.tif', '-o', 'out.tif',
                                '--overwrite', *arguments, *points], capture_output=True, text=True, cwd=cli.folder)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) / 1000)
-    assert peaks[1] - peaks[0] < 0.1 * 3000 * 600 * 6 / 1e6
+    assert peaks[1] - peaks[0] < 0.1 * 2000 * 600 * 6 / 1e6
 
 
 def test_no_more_results_wait_than_said():
@@ -430,3 +430,22 @@ def test_no_more_results_wait_than_said():
             waiting[0] -= 1
             time.sleep(0.001)
     assert most[0] <= 2 * rg.N_WORKERS + 1
+
+
+def test_message_for_which_there_is_no_memory(monkeypatch):
+    """It ends the program, which then says so in one line, instead of being a traceback of logging's."""
+    with rg.log_to_stderr(quiet=False):
+        monkeypatch.setattr(rg, 'printable', lambda text: bytearray(2**62))
+        with pytest.raises(MemoryError):
+            rg.logger.error('no memory')
+
+
+def test_messages_to_nobody(monkeypatch, capsys):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+    with monkeypatch.context() as patch_:
+        patch_.setattr(sys, 'stderr', Gone())
+        with rg.log_to_stderr(quiet=False):
+            rg.logger.error('nobody reads this')
+    assert capsys.readouterr().err == ''

@@ -122,20 +122,19 @@ def test_bad_places_are_left_out():
 
 
 @pytest.mark.parametrize(('spoil', 'most'), [
-    (lambda reference: shift(reference, (1, 0, 0), order=0, mode='nearest'), 20),
     (lambda reference: shift(reference, (0, 2, 0), order=0, mode='nearest'), 40),
     (lambda reference: rotate(reference, 0.2, axes=(1, 0), reshape=False, order=1, mode='nearest'), 20),
     (lambda reference: gaussian_filter(reference, (2.2, 2.2, 0)), 10)])
 def test_registration_need_not_be_perfect(spoil, most):
-    """Shifts by one and two pixels, a turn by 0.2 degrees, stars twice as wide, in a nebula of steep edges."""
+    """A shift by two pixels, a turn by 0.2 degrees, stars twice as wide, in a nebula of steep edges."""
     frame, reference, background = pair()
     assert error_of(beside(frame, spoil(reference.astype(float)))[1], background) < most
 
 
-@pytest.mark.parametrize('kind', ['gray', 'f4', 'u1'])
+@pytest.mark.parametrize('kind', ['gray', 'u1'])
 def test_reference_of_another_kind(kind):
     frame, reference, background = pair()
-    reference = {'gray': reference.mean(axis=2), 'f4': (reference / 65535).astype(np.float32),
+    reference = {'gray': (reference.mean(axis=2) / 65535).astype(np.float32),
                  'u1': (reference // 40).clip(0, 255).astype(np.uint8)}[kind]
     assert error_of(beside(frame, reference)[1], background) < (30 if kind == 'gray' else 8)
 
