@@ -1031,6 +1031,7 @@ def _fit_scale(points, levels, light):
 # ---- Automatic points -----------------------------------------------------------------------------------------------
 
 FIRST_STEPS, MOST_STARTS = 3, 10  # of concentration: then only the most promising starts go on
+MOST_CELLS = 30  # along the longer side: more take minutes
 DEGREES = range(1, 9)  # of the polynomials; a higher one would follow nebulae
 AGREES = 1.3  # times the 99 % quantile of chi-squared: a place within is on the surface
 DROPPED = 5.0  # cost of a place off the surface: with 8, broad surfaces that swallow nebulae win; with 3, it collapses
@@ -1109,18 +1110,24 @@ def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIG
     come back. Where the places do not agree, or not with the certain points, sky grows from these instead, if there are
     enough. Then the adaptive model leaves out what stands out above it, and takes in the peaks of glows.
     """
+    if not 3 <= n <= MOST_CELLS:
+        raise RmgradientError(f'a grid of {n} cells along the longer side is not from 3 to {MOST_CELLS}')
     image = with_channels(image)
     height, width, _ = image.shape
     points = join_quiet_places(image, n, sigma, given, starmap)
     n_given = 0 if given is None else len(given.x)
     levels, noise = measure_levels(image, points, sigma)
     noise = with_rounding(np.median(noise, axis=0), image, points, sigma)
+    rounding = 1e-9 * np.abs(levels).max(axis=0) + np.finfo(float).tiny
+    varies = np.ptp(levels, axis=0) > rounding  # a constant channel tells nothing
+    varies |= not varies.any()
     certain = np.arange(len(points.x)) < n_given
-    sites = Sites(points, levels, noise, certain, np.array([width, height]), max(height, width) / n)
+    sites = Sites(points, levels[:, varies], np.maximum(noise, rounding)[varies], certain, np.array([width, height]),
+                  max(height, width) / n)
     with one_blas_thread():
         sky, scatter = find_consensus(sites)
         agree = scatter < MOST_SCATTER and sky.mean() > LEAST_SKY and sky[certain].all()
-        if agree or n_given < LEAST_GIVEN:
+        if agree or not given or (~given.on_isoline).sum() < LEAST_GIVEN:
             sky |= ends_of_glows(sky, sites)
             sky = (sky & ~rims(sky, sites)) | certain
         else:
@@ -1141,7 +1148,7 @@ class Sites(NamedTuple):
 
     points: Points
     levels: np.ndarray  # (n_places, n_channels), data units
-    noise: np.ndarray  # (n_channels,): median standard error of the levels
+    noise: np.ndarray  # (n_channels,): median standard error of the levels, no less than rounding
     certain: np.ndarray  # (n_places,): given by the user
     size: np.ndarray  # width and height of the frame
     cell: float  # side of a cell, in pixels
@@ -1188,8 +1195,7 @@ def find_consensus(sites):
     points weigh as much as half of the places together, and cost ten times as much off the surface.
     """
     certain, places = sites.certain, 2 * sites.points.centers / sites.size - 1
-    # Without noise, what is left is rounding.
-    levels = sites.levels / np.maximum(sites.noise, 1e-9 * np.abs(sites.levels).max(axis=0) + np.finfo(float).tiny)
+    levels = sites.levels / sites.noise
     n_places, n_channels = levels.shape
     weights = np.where(certain, max(1, n_places / 2 / max(1, certain.sum())), 1.0)
     costs = np.where(certain, 10 * DROPPED, DROPPED)
@@ -1202,9 +1208,9 @@ def find_consensus(sites):
     best, found = -math.inf, (np.ones(n_places, bool), 1.0)
     for degree in DEGREES:
         surfaces = Surfaces(legendre_terms(places, degree), levels, weights)
-        if n_places < 3 * surfaces.n_terms:
+        if n_places < (2 if degree < 3 else 3) * surfaces.n_terms:
             break
-        least = int(max(n_places / 2, 1.5 * surfaces.n_terms + n_channels))
+        least = int(min(max(n_places / 2, 1.5 * surfaces.n_terms + n_channels), n_places))
         sky = np.array(starts)
         for step in range(10):
             _, covariance, distances = surfaces.fit(sky)
@@ -1343,7 +1349,7 @@ def follow_model(sky, sites):
     be brighter than nine in ten of the accepted ones, come back, once.
     """
     at_border = sites.from_border().min(axis=1) < 2 * sites.cell
-    brightness = (sites.levels / np.maximum(sites.noise, np.finfo(float).tiny)).sum(axis=1)
+    brightness = (sites.levels / sites.noise).sum(axis=1)
     tried = np.zeros(len(sky), bool)
     while True:
         choice = fit_sites(sky, sites)
@@ -1355,7 +1361,7 @@ def follow_model(sky, sites):
             return sky
         errors, deviation = predict_others(choice, sites.points.centers, sites.levels, sky)
         off = significance(errors, errors / deviation[:, None], robust_std(choice.standardized), MISFIT * sites.noise)
-        predicted = brightness[~sky] - (errors / np.maximum(sites.noise, np.finfo(float).tiny)).sum(axis=1)
+        predicted = brightness[~sky] - (errors / sites.noise).sum(axis=1)
         joins = np.zeros(len(sky), bool)
         joins[~sky] = (np.abs(off).max(axis=1) < JOINS) & (predicted > np.quantile(brightness[sky], 0.9))
         joins &= at_border & ~tried
@@ -1371,7 +1377,7 @@ def leave_faint_ends(sky, sites):
     nebulae = sum((group for group in groups_off(sky, sites) if group.sum() >= GROUP), np.zeros(len(sky), bool))
     choice = fit_sites(sky, sites)
     errors, _ = predict_others(choice, sites.points.centers, sites.levels, sky)
-    nebulae[~sky] &= (errors / np.maximum(sites.noise, np.finfo(float).tiny)).sum(axis=1) > 0
+    nebulae[~sky] &= (errors / sites.noise).sum(axis=1) > 0
     away = distances_between(sites.points.centers, sites.points.centers[nebulae]).min(axis=1, initial=np.inf)
     beside = (away < 2.5 * sites.cell) & (sites.from_border().min(axis=1) > sites.cell)
     while (out := places_above(choice, sky, sites, FAINT, sites.noise, beside)).any():
@@ -1438,7 +1444,9 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
     total, squares, bad = (np.array(each, float) for each in zip(*tiles))
     total, squares, bad = (a[1:, 1:] + a[1:, :-1] + a[:-1, 1:] + a[:-1, :-1] for a in (total, squares, bad))
     with np.errstate(invalid='ignore', over='ignore'):
-        variance = squares / (2 * tile) ** 2 - (total / (2 * tile) ** 2) ** 2
+        mean = total / (2 * tile) ** 2
+        variance = squares / (2 * tile) ** 2 - mean**2
+        variance[variance < 1e-12 * mean**2] = 0  # rounding
     y, x = np.mgrid[1:down, 1:across] * tile
     good = (bad == 0) & np.isfinite(variance).all(axis=2) & (x < width - tile) & (y < height - tile)
     if not good.any():
@@ -3534,10 +3542,10 @@ def build_parser():
     given.add_argument('-p', '--points', metavar=('X', 'Y'), nargs='+', help='points of empty sky, in pixels')
     given.add_argument('-f', '--points-file', metavar='FILE',
                         help='the same from a file, one pair a line, # starts a comment; - is standard input')
-    choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=0, type=number_from(3, 30, int),
+    choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=0, type=number_from(3, MOST_CELLS, int),
                         help='choose points, one from each cell of a grid with N cells along the longer side, '
-                        f'3 to 30 (default: {AUTO}; {REFERENCE_AUTO} with --reference), where there are neither stars '
-                        'nor nebulae; points given are certain')
+                        f'3 to {MOST_CELLS} (default: {AUTO}; {REFERENCE_AUTO} with --reference), where there are '
+                        'neither stars nor nebulae; points given are certain')
 
     choice.add_argument('--edit', action='store_true', help='set points by hand in a window that shows the result; '
                         'begins with those of -p, -f or -a, and names its keys (needs matplotlib)')

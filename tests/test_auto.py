@@ -456,6 +456,45 @@ def test_damaged_numbers_are_no_traceback():
         rg.choose_points(shifted, 5, 1.0)
 
 
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('constant', [5.0, 1000.3])
+def test_constant_channel_tells_nothing(constant):
+    """The points are those of the other channels; a picture of nothing else has points, too, given ones beside."""
+    sky = sky_with(glow=4000.0)[0].astype(float)
+    expected = rg.choose_points(sky[..., [0, 2]])
+    sky[..., 1] = constant
+    chosen = rg.choose_points(sky)
+    assert_array_equal(chosen.points.pairs(), expected.points.pairs())
+    assert chosen.agree == expected.agree
+    flat = np.full((300, 400, 3), constant)
+    given = rg.make_points([(60, 60), (-60, 280), (350, 60), (-350, 250)])
+    assert len(rg.choose_points(flat).points.x) > 100
+    assert len(rg.choose_points(flat, given=given).points.x) > 100
+
+
+def test_narrow_picture_of_a_few_places():
+    """Fifteen places on a line: enough for a parabola."""
+    for seed in range(4):
+        noise = np.random.default_rng(seed).normal(0, 20, (4000, 100))
+        picture = noise + (1000 + 200 * (np.arange(4000) / 4000) ** 2)[:, None]
+        assert len(rg.choose_points(picture).points.x) >= 12
+
+
+def test_points_on_one_isoline_are_one_measurement():
+    """Five measured points lead the growth of others; one with five more on its isoline does not."""
+    sky, _, _ = nebula_all_over()
+    given = rg.make_points([(40, 500), (-60, 500), (-80, 500), (-100, 500), (-120, 500), (-140, 500)])
+    chosen = rg.choose_points(sky, given=given)
+    assert not chosen.agree
+    assert len(chosen.points.x) > 70  # of those that grow, less than half
+
+
+def test_grids_that_are_too_fine():
+    for n in (2, 31):
+        with pytest.raises(rg.RmgradientError, match=f'a grid of {n} cells along the longer side is not from 3 to 30'):
+            rg.choose_points(sky_with()[0], n)
+
+
 def test_auto_options_and_errors(cli):
     cli.fails('-b', 'bg.tif', match='sky.tif: ', points=['-a'])
     for value in ('2', '31', 'x'):
