@@ -1194,44 +1194,50 @@ def find_consensus(sites):
     and a little more below, since nebulae shine, less the information criterion's price of its terms. Certain
     points weigh as much as half of the places together, and cost ten times as much off the surface.
     """
-    certain, places = sites.certain, 2 * sites.points.centers / sites.size - 1
-    levels = sites.levels / sites.noise
-    n_places, n_channels = levels.shape
+    n_places, certain, places = len(sites.levels), sites.certain, 2 * sites.points.centers / sites.size - 1
     weights = np.where(certain, max(1, n_places / 2 / max(1, certain.sum())), 1.0)
     costs = np.where(certain, 10 * DROPPED, DROPPED)
-    limit = AGREES * chi_squared_quantile(n_channels)
     starts = [np.ones(n_places)]
     for x in np.linspace(-1, 1, 6):
         for y in np.linspace(-1, 1, 5):
             distance = np.hypot(*((places - [x, y]) * sites.size).T)
             starts += [(distance > np.quantile(distance, part)).astype(float) for part in (0.25, 0.5)]
-    best, found = -math.inf, (np.ones(n_places, bool), 1.0)
-    for degree in DEGREES:
-        surfaces = Surfaces(legendre_terms(places, degree), levels, weights)
-        if n_places < (2 if degree < 3 else 3) * surfaces.n_terms:
-            break
-        least = int(min(max(n_places / 2, 1.5 * surfaces.n_terms + n_channels), n_places))
-        sky = np.array(starts)
-        for step in range(10):
-            _, covariance, distances = surfaces.fit(sky)
-            sky = nearest(distances, least)
-            if step == FIRST_STEPS:
-                sky = sky[np.argsort(np.linalg.slogdet(covariance)[1])[:MOST_STARTS]]
-        for step in range(10):
-            # The half nearest to a surface scatters less than all that belongs to it.
-            distances = surfaces.fit(sky)[2] / (1.5 if step == 0 else 1)
-            sky = np.where(distances < limit, 1.0, 0.0)
-            few = sky.sum(axis=1) < least
-            sky[few] = nearest(distances[few], least)
-        residuals, covariance, distances = surfaces.fit(sky)
-        scatter = np.sqrt(np.trace(covariance, axis1=1, axis2=2))
-        below = residuals.min(axis=2) < -BELOW * scatter[:, None]
-        score = -(np.minimum(distances / 2, costs) + below) @ weights - n_places / 2 * np.linalg.slogdet(covariance)[1]
-        score -= surfaces.n_terms * n_channels / 2 * math.log(n_places)
-        i = score.argmax()
-        if score[i] > best:
-            best, found = score[i], (sky[i] > 0, scatter[i] / math.sqrt(n_channels))
-    return found
+
+    def best_of(degree):
+        surfaces = Surfaces(legendre_terms(places, degree), sites.levels / sites.noise, weights)
+        return concentrate(surfaces, np.array(starts), costs)
+
+    degrees = [d for d in DEGREES if n_places >= (1 if d < 3 else 1.5) * (d + 1) * (d + 2)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with can_start_threads():
+            found = pool.map(best_of, degrees)
+        _, sky, scatter = max(found, key=lambda each: each[0], default=(0, np.ones(n_places, bool), 1.0))
+    return sky, scatter
+
+
+def concentrate(surfaces, sky, costs):
+    """Return the score of the best set that sets of places, (n_sets, n_places), lead to, the set, and its scatter."""
+    n_places, n_channels = surfaces.levels.shape
+    limit = AGREES * chi_squared_quantile(n_channels)
+    least = int(min(max(n_places / 2, 1.5 * surfaces.n_terms + n_channels), n_places))
+    for step in range(10):
+        _, covariance, distances = surfaces.fit(sky)
+        sky = nearest(distances, least)
+        if step == FIRST_STEPS:
+            sky = sky[np.argsort(np.linalg.slogdet(covariance)[1])[:MOST_STARTS]]
+    for step in range(10):
+        # The half nearest to a surface scatters less than all that belongs to it.
+        distances = surfaces.fit(sky)[2] / (1.5 if step == 0 else 1)
+        sky = np.where(distances < limit, 1.0, 0.0)
+        few = sky.sum(axis=1) < least
+        sky[few] = nearest(distances[few], least)
+    residuals, covariance, distances = surfaces.fit(sky)
+    scatter = np.sqrt(np.trace(covariance, axis1=1, axis2=2))
+    below = residuals.min(axis=2) < -BELOW * scatter[:, None]
+    score = -(np.minimum(distances / 2, costs) + below) @ surfaces.weights
+    score -= n_places / 2 * np.linalg.slogdet(covariance)[1] + surfaces.n_terms * n_channels / 2 * math.log(n_places)
+    i = score.argmax()
+    return score[i], sky[i] > 0, scatter[i] / math.sqrt(n_channels)
 
 
 class Surfaces:
@@ -1242,7 +1248,7 @@ class Surfaces:
     """
 
     def __init__(self, terms, levels, weights):
-        self.n_terms, self._terms, self._levels = terms.shape[1], terms, levels
+        self.n_terms, self.levels, self.weights, self._terms = terms.shape[1], levels, weights, terms
         # A set is a vector of ones and zeros: its normal equations are a product with these.
         n_places, weighted = len(terms), terms * weights[:, None]
         self._normal = (weighted[:, :, None] * terms[:, None]).reshape(n_places, -1)
@@ -1254,12 +1260,12 @@ class Surfaces:
 
         Shapes (n_sets, n_places, n_channels), (n_sets, n_channels, n_channels) and (n_sets, n_places).
         """
-        n_sets, n_terms, n_channels = len(sets), self.n_terms, self._levels.shape[1]
+        n_sets, n_terms, n_channels = len(sets), self.n_terms, self.levels.shape[1]
         normal = (sets @ self._normal).reshape(n_sets, n_terms, n_terms)
         ridge = 1e-8 / n_terms * np.trace(normal, axis1=1, axis2=2)  # a set may leave a term unknown
         normal += ridge[:, None, None] * np.eye(n_terms)
         coefficients = np.linalg.solve(normal, (sets @ self._known).reshape(n_sets, n_terms, n_channels))
-        residuals = self._levels - self._terms @ coefficients
+        residuals = self.levels - self._terms @ coefficients
         n_kept = sets.sum(axis=1)
         n_free = np.maximum(n_kept - n_terms, 0.2 * n_kept)
         kept = residuals * (sets / n_free[:, None])[..., None]
