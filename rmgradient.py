@@ -3236,7 +3236,7 @@ def process_picture(path, outputs, points, saved_for, options, alone):
         sky = find_sky(options.sky, options.method, levels, model, *image.shape[:2], options.rows, starmap)
         with whole_files(outputs, options.overwrite) as files:
             if files.keys() & {'output', 'background'}:
-                n_limited = write_pictures(path, outputs, files, image, model, sky, options, starmap)
+                counts = write_pictures(path, outputs, files, image, model, sky, options, starmap)
             if 'save_points' in files:
                 with about(outputs['save_points']):
                     files['save_points'].write(points_file(path, points, image, options))
@@ -3245,8 +3245,11 @@ def process_picture(path, outputs, points, saved_for, options, alone):
                 with about(outputs['preview']):
                     draw_preview(files['preview'], kind, image, points, misfits, model, options.method, sky, radius)
     if 'output' in outputs:
-        report_limited(outputs['output'], 100 * n_limited / (image.shape[0] * image.shape[1]))
+        report_limited(outputs['output'], 100 * counts[:2] / (image.shape[0] * image.shape[1]))
         logger.info('%s: written; the sky is level at %s', outputs['output'], in_words(sky))
+    if 'background' in outputs and counts[2]:
+        logger.warning('%s: the background of %d pixels is beyond what integers of the type hold, and was limited; a '
+                       'point of empty sky near them may help', outputs['background'], counts[2])
     for kind in outputs.keys() - {'output'}:
         logger.info('%s: written', outputs[kind])
 
@@ -3373,9 +3376,10 @@ def points_file(path, points, image, options):
 
 
 def write_pictures(path, outputs, files, image, model, sky, options, starmap):
-    """Write the corrected picture and the background; return how many pixels became black and white.
+    """Write the corrected picture and the background.
 
-    Memory: a few strips a worker.
+    Returns how many pixels became black and white, and of how many the background did not fit in the type. Memory: a
+    few strips a worker.
     """
     height, width, n_channels = image.shape
     above, keep_no_data = model.above(sky), not is_classic(model, options.sky)
@@ -3383,7 +3387,7 @@ def write_pictures(path, outputs, files, image, model, sky, options, starmap):
                for kind in ('output', 'background') if kind in files}
 
     def correcting(start, stop):
-        encoded, n_limited = {}, 0
+        encoded, n_limited, n_unfit = {}, (0, 0), 0
         if 'output' in files:
             strip = image.read(start, stop)
             n_limited = correct_rows(strip, start, above, options.method, sky, options.dither, keep_no_data,
@@ -3392,15 +3396,19 @@ def write_pictures(path, outputs, files, image, model, sky, options, starmap):
         if 'background' in files:
             background = model.evaluate(start, stop, width)
             noise = dither_noise(start, stop, width, n_channels, stream=1) if options.dither else None
+            if image.dtype.kind in 'ui':
+                limits = np.iinfo(image.dtype)
+                if background.min() < limits.min or background.max() > limits.max:
+                    n_unfit = ((background < limits.min) | (background > limits.max)).any(axis=2).sum()
             background = to_dtype(background, image.dtype, noise)
             if image.blank is not None:
                 background = keep_off(background, image.blank)
             encoded['background'] = writers['background'].encode(background)
-        return encoded, n_limited
+        return encoded, (*n_limited, n_unfit)
 
-    total = np.zeros(2, int)
-    for encoded, n_limited in starmap(correcting, row_groups(height, options.rows)):
-        total += n_limited
+    total = np.zeros(3, int)
+    for encoded, counts in starmap(correcting, row_groups(height, options.rows)):
+        total += counts
         for kind, writer in writers.items():
             with about(outputs[kind]):
                 writer.append(encoded[kind])

@@ -3,6 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
+import tifffile
 from helpers import draw
 from hypothesis import given
 from hypothesis import strategies as st
@@ -214,3 +215,18 @@ def test_classic_way_knows_no_borders():
     np.testing.assert_allclose(corrected, expected, rtol=0, atol=1e-9)
     again = rg.remove_gradient(sky, points, sigma=2.0, smooth=0.1, sky='gray')
     assert_array_equal(again[empty], sky[empty])
+
+
+def test_background_that_its_type_can_not_hold(cli):
+    """A plane that goes below zero beyond the points: the file of the background says so."""
+    y, x = np.mgrid[0:90, 0:120]
+    sky = np.rint(np.clip(20.0 * x - 400, 0, None)).astype(np.uint16)
+    tifffile.imwrite('sky.tif', sky + np.uint16(1))
+    points = ['-p', *'60 30 60 60 90 30 90 60 75 45'.split()]
+    assert cli('-b', 'bg.tif', points=points) == 0
+    count = (tifffile.imread('bg.tif') == 0).sum()
+    assert f'warning: bg.tif: the background of {count} pixels is beyond what integers of the type hold' in cli.stderr
+    assert 1000 < count < 3000
+    tifffile.imwrite('sky.tif', sky.astype(np.float32))
+    assert cli('-b', 'bg.tif', '--overwrite', points=points) == 0
+    assert 'beyond what integers' not in cli.stderr
