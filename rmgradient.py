@@ -28,11 +28,12 @@ Examples: points chosen automatically, and points from a file through xargs.
     cat test_data/skypoints | xargs python rmgradient.py -i test_data/sky.tif \
         -o sky_out.tif -b sky_background.tif -p
 """
-# The rooms, each using those above it. Errors; Points, from words to places; Levels, their blurred colors; Choice of
-# the model, Model, its evaluation, and Misfits, points that do not fit it; Reference and Automatic points, two ways to
-# tell a nebula from a glow; Sky level and Correction, from background to pixels: none of these opens a file or prints.
-# Then files: Pictures, what each format fills in; TIFF directories, input and output; FITS; Formats, by their content;
-# Files, complete or not at all. Then people: Preview; Editor; Pipeline, the whole job; Command line.
+# The rooms, each using those above it. Errors; Points, from words to places; Levels, their blurred colors;
+# Choice of the model, Model, its evaluation, and Misfits, points that do not fit it; Reference and
+# Automatic points, two ways to tell a nebula from a glow; Sky level and Correction, from background to
+# pixels: none of these opens a file or prints. Then files: Pictures, what each format fills in; TIFF
+# directories, input and output; FITS; Formats, by their content; Files, complete or not at all. Then
+# people: Preview; Editor; Pipeline, the whole job; Command line.
 from __future__ import annotations
 
 import ctypes
@@ -51,10 +52,11 @@ def say_out_of_memory(kind, error, trace):
 
 
 if IS_COMMAND := os.path.splitext(os.path.basename(''.join(sys.argv[:1])))[0] == 'rmgradient':
-    # The process is ours alone, and short. An interruption while libraries load ends it quietly; main() takes over
-    # later. Loading makes much and frees nothing: no garbage is collected meanwhile. Our own threads take strips
-    # each: more of them inside of small matrix products would only be in their way. Freed memory is kept for the next
-    # strip: to have it mapped and zeroed anew takes longer than to fill it. And run() ends the process at once.
+    # The process is ours alone, and short. An interruption while libraries load ends it quietly; main()
+    # takes over later. Loading makes much and frees nothing: no garbage is collected meanwhile. Our own
+    # threads take strips each: more of them inside of small matrix products would only be in their way.
+    # Freed memory is kept for the next strip: to have it mapped and zeroed anew takes longer than to fill
+    # it. And run() ends the process at once.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.excepthook = say_out_of_memory
     gc.disable()
@@ -166,7 +168,8 @@ class Points(NamedTuple):
     x, y : (n_points,) int ndarray
         Column and row; the top left pixel is (0, 0).
     leader : (n_points,) int ndarray
-        Index of the point whose level each takes: its own, or, on an isoline, that of the isoline's first point.
+        Index of the point whose level each takes: its own, or, on an isoline, that of the isoline's first
+        point.
     sources : tuple of str
         Where each was read, for messages; empty if that is not known.
     """
@@ -222,7 +225,8 @@ def parse_coordinates(words):
 def parse_points_file(lines):
     """Turn lines into pairs, and return the numbers of their lines, too.
 
-    One pair a line, or one number a line in all of them. Anything after the pair is a comment, and so is all after a #.
+    One pair a line, or one number a line in all of them. Anything after the pair is a comment, and so is
+    all after a #.
     """
     words = [re.split(SEPARATORS, line.split('#')[0].strip(' \t\r\n,;()[]{}'))[:2] for line in lines]
     words = [(i, line) for i, line in enumerate(words, 1) if line[0]]
@@ -249,8 +253,8 @@ def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) 
     Parameters
     ----------
     pairs : (n_points, 2) array_like
-        Coordinates x, y in pixels. A sign bit on either (-0.0 counts) puts the point on the isoline of the last
-        point without one.
+        Coordinates x, y in pixels. A sign bit on either (-0.0 counts) puts the point on the isoline of the
+        last point without one.
     sources : sequence of str, optional
         Where each was read, for messages.
     least : int
@@ -263,9 +267,9 @@ def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) 
     Raises
     ------
     RmgradientError
-        For anything but whole numbers, an isoline without a first point, a place given twice, too few places,
-        or more than `MOST_POINTS`: the time of a fit grows with the third power of their number, memory with the
-        second.
+        For anything but whole numbers, an isoline without a first point, a place given twice, too few
+        places, or more than `MOST_POINTS`: the time of a fit grows with the third power of their number,
+        memory with the second.
     """
     pairs = np.asarray(pairs, float)
     if pairs.size == 0:
@@ -376,8 +380,8 @@ def measure_levels(image: np.ndarray | Picture, points: Points, sigma: float = S
     Raises
     ------
     RmgradientError
-        If a measured point is too close to the border, a point is outside, or its surroundings are not all finite, or
-        partly without data, see `no_data`.
+        If a measured point is too close to the border, a point is outside, or its surroundings are not all
+        finite, or partly without data, see `no_data`.
     """
     image = with_channels(image)
     height, width, n_channels = image.shape
@@ -459,8 +463,8 @@ def row_groups(height, rows=ROWS):
 def one_blas_thread():
     """Hold products and decompositions of matrices to a thread each, as the command's environment does.
 
-    Ours are small, and work in threads of our own already: more of them would wait for each other, and use ten times
-    the processor time.
+    Ours are small, and work in threads of our own already: more of them would wait for each other, and use
+    ten times the processor time.
     """
     if IS_COMMAND:
         yield
@@ -547,15 +551,15 @@ def choose_model(centers, levels, leader):
     problem, since -A is positive definite at right angles to P (Micchelli 1986, Constructive Approximation 2,
     11).
 
-    The same equations are those of kriging: a random field of covariance -A about the trend, seen through noise
-    of variance `smooth`. Shape and smoothness are those that make the levels most likely, whatever the trend is
-    (restricted maximum likelihood; Wahba 1990, Spline Models for Observational Data, section 4.8). With a dozen
-    noisy points this is a steadier judge than leave-one-out errors, which now and then praise a bold surface by
-    luck. Likelihoods of different trends don't compare, so the trend is chosen by leave-one-out errors
-    (`left_out_errors`).
+    The same equations are those of kriging: a random field of covariance -A about the trend, seen through
+    noise of variance `smooth`. Shape and smoothness are those that make the levels most likely, whatever
+    the trend is (restricted maximum likelihood; Wahba 1990, Spline Models for Observational Data, section
+    4.8). With a dozen noisy points this is a steadier judge than leave-one-out errors, which now and then
+    praise a bold surface by luck. Likelihoods of different trends don't compare, so the trend is chosen by
+    leave-one-out errors (`left_out_errors`).
 
-    In the eigenvectors V of -A at right angles to the mean, with eigenvalues l, every smoothness and every trend
-    cost a few sums: one decomposition a shape serves them all.
+    In the eigenvectors V of -A at right angles to the mean, with eigenvalues l, every smoothness and every
+    trend cost a few sums: one decomposition a shape serves them all.
     """
     rounding = 1e-10 * np.abs(levels).max(axis=0)
     scale = levels.std(axis=0) + rounding + np.finfo(float).tiny
@@ -568,7 +572,8 @@ def choose_model(centers, levels, leader):
 def _likeliest_of_each_trend(centers, levels, leader, rounding):
     """Return a Choice for each trend; residuals no larger than the rounding of their channel are none."""
     distances, spacing = distances_between(centers, centers), average_spacing(centers)
-    # Above n_points / 3 the largest eigenvalue of A, n_points or more, is too close to smooth: A - smooth is singular.
+    # Above n_points / 3 the largest eigenvalue of A, n_points or more, is too close to smooth: A - smooth
+    # is singular.
     smoothness = SMOOTHNESS[len(distances) / 3 >= SMOOTHNESS]
     trends = []
     for name in ('mean', 'plane'):
@@ -580,7 +585,7 @@ def _likeliest_of_each_trend(centers, levels, leader, rounding):
     def judge(epsilon):
         """Return a shape, its eigenvalues and eigenvectors, and `_likeliest` of each trend."""
         eigenvalues, vectors = _across_mean(multiquadric(distances, epsilon))
-        found = [_likeliest(eigenvalues, vectors, smoothness, terms, residuals[:, rough]) if rough.any() else None
+        found = [rough.any() and _likeliest(eigenvalues, vectors, smoothness, terms, residuals[:, rough])
                  for _, terms, residuals, rough in trends]
         return epsilon, eigenvalues, vectors, found
 
@@ -610,9 +615,9 @@ def _across_mean(kernel):
 def _likeliest(eigenvalues, vectors, smoothness, terms, residuals):
     """Return how unlikely the residuals are with the best smoothness, and that smoothness.
 
-    Generalized least squares takes out the trend's terms beside the mean: with variance v along the eigenvectors, X the
-    terms and r the residuals there, H = X' X / v and b = X' r / v, the misfit r' r / v loses b' H^-1 b, and the
-    determinant of v gains that of H.
+    Generalized least squares takes out the trend's terms beside the mean: with variance v along the
+    eigenvectors, X the terms and r the residuals there, H = X' X / v and b = X' r / v, the misfit r' r / v
+    loses b' H^-1 b, and the determinant of v gains that of H.
     """
     variance = eigenvalues + smoothness[:, None]
     along, beside = vectors.T @ residuals, vectors.T @ terms[:, 1:]
@@ -655,10 +660,10 @@ def _solve(centers, levels, leader, distances, spacing, trend, terms, residuals,
 def left_out_errors(weights, precision, leader):
     """Return level minus prediction from the points with other levels, in data units and standardized.
 
-    Arguments as in `Choice`; both (n_points, n_channels), the latter in units of the standard deviation that the
-    model expects, up to a common factor. With precision G, the errors of points i left out together are
-    `-G_ii^-1 w_i`: no model needs to be fitted anew (Rippa 1999, Advances in Computational Mathematics 11, 193,
-    for single points).
+    Arguments as in `Choice`; both (n_points, n_channels), the latter in units of the standard deviation
+    that the model expects, up to a common factor. With precision G, the errors of points i left out
+    together are `-G_ii^-1 w_i`: no model needs to be fitted anew (Rippa 1999, Advances in Computational
+    Mathematics 11, 193, for single points).
     """
     # A point without which the others do not determine the trend can't be judged, and gets no error.
     diagonal = np.diag(precision)
@@ -732,9 +737,9 @@ class BackgroundModel:
         """Evaluate rows start to stop - 1: yield rows (counted from start) and columns of blocks as slices, and
         their values.
 
-        The surface is evaluated at Chebyshev nodes (see `chebyshev_panels`) and expanded to pixels by two matrix
-        products, first along x, then along y. Memory: 8 bytes x n_channels x width x (nodes along y), and one
-        block, 1 MB unless a single column of the rows is more.
+        The surface is evaluated at Chebyshev nodes (see `chebyshev_panels`) and expanded to pixels by two
+        matrix products, first along x, then along y. Memory: 8 bytes x n_channels x width x (nodes along
+        y), and one block, 1 MB unless a single column of the rows is more.
         """
         for top, y_matrix, along_x in self._panels(start, stop, width):
             step = max(1, BLOCK // (len(y_matrix) * self.n_channels))
@@ -747,7 +752,8 @@ class BackgroundModel:
     def lower_bound(self, start, stop, width):
         """Return (n_channels,) values that no pixel of rows start to stop - 1 is below, for a tenth of `blocks`' work.
 
-        Weights of sum 1 and absolute sum L take values between a and b to no less than (a + b) / 2 - L (b - a) / 2.
+        Weights of sum 1 and absolute sum L take values between a and b to no less than (a + b) / 2 - L (b -
+        a) / 2.
         """
         bounds = []
         for _, y_matrix, along_x in self._panels(start, stop, width):
@@ -791,17 +797,17 @@ class BackgroundModel:
 def chebyshev_panels(n_pixels, epsilon):
     """Place nodes from which a multiquadric of shape epsilon is known at every pixel of a line, to rounding.
 
-    Returns (n_panels, n_nodes) positions relative to the first pixel, and the (n_panel_pixels, n_nodes) matrix
-    that takes values at the nodes of a panel to values at its pixels. The panels are equally long; the last one
-    may end behind the line.
+    Returns (n_panels, n_nodes) positions relative to the first pixel, and the (n_panel_pixels, n_nodes)
+    matrix that takes values at the nodes of a panel to values at its pixels. The panels are equally long;
+    the last one may end behind the line.
 
-    Along a line, sqrt((r / epsilon)^2 + 1) is singular no closer to the real axis than epsilon. On an interval
-    of half length h it is analytic inside of the Bernstein ellipse of parameter rho = s + sqrt(1 + s^2), s =
-    epsilon / h, and bounded on it by some M, so that the polynomial of degree n through Chebyshev nodes is off
-    by at most 4 M rho^-n / (rho - 1): Trefethen, Approximation Theory and Approximation Practice, theorem 8.2.
-    The degree is the one that brings this below the rounding errors of the sum of multiquadrics itself, 2^-52 M.
-    Panels two epsilon long need the fewest operations, some 40 nodes. Where a panel has no more pixels than
-    that, the pixels are the nodes.
+    Along a line, sqrt((r / epsilon)^2 + 1) is singular no closer to the real axis than epsilon. On an
+    interval of half length h it is analytic inside of the Bernstein ellipse of parameter rho = s + sqrt(1 +
+    s^2), s = epsilon / h, and bounded on it by some M, so that the polynomial of degree n through Chebyshev
+    nodes is off by at most 4 M rho^-n / (rho - 1): Trefethen, Approximation Theory and Approximation
+    Practice, theorem 8.2. The degree is the one that brings this below the rounding errors of the sum of
+    multiquadrics itself, 2^-52 M. Panels two epsilon long need the fewest operations, some 40 nodes. Where
+    a panel has no more pixels than that, the pixels are the nodes.
     """
     n_panels = math.ceil(n_pixels / (2 * epsilon + 1))
     panel = math.ceil(n_pixels / n_panels)
@@ -830,8 +836,8 @@ def fit_background(points: Points, levels: np.ndarray, smooth: float | str = 'au
     levels : (n_points, n_channels) float64 ndarray
         In data units.
     smooth : 'auto' or float
-        A number: the classic model, a multiquadric of the levels with scipy's default shape and this smoothness, no
-        trend. 'auto': the adaptive model, see `choose_model`.
+        A number: the classic model, a multiquadric of the levels with scipy's default shape and this
+        smoothness, no trend. 'auto': the adaptive model, see `choose_model`.
 
     Returns
     -------
@@ -884,8 +890,8 @@ def find_misfits(points: Points, levels: np.ndarray, noise: np.ndarray, choice: 
     Returns
     -------
     list of (int, float)
-        Index of the point and its error in the channel that stands out most, in data units, positive if too bright;
-        the worst first.
+        Index of the point and its error in the channel that stands out most, in data units, positive if too
+        bright; the worst first.
 
     Notes
     -----
@@ -905,13 +911,14 @@ def find_misfits(points: Points, levels: np.ndarray, noise: np.ndarray, choice: 
 def _find_worst(choice, centers, noise):
     """Return index and error of the points that stand out most, at least half as far as the worst.
 
-    An error stands out if it is more than `MISFIT` times the typical one, the same of its eight nearest neighbors, and
-    the typical noise. The neighbors are asked because where a glow is steep all points are hard to predict.
+    An error stands out if it is more than `MISFIT` times the typical one, the same of its eight nearest
+    neighbors, and the typical noise. The neighbors are asked because where a glow is steep all points are
+    hard to predict.
     """
     noise = MISFIT * np.median(noise, axis=0)
     rest, found, acquitted, least = np.arange(len(centers)), [], [], MISFIT
     while len(rest) > 3:
-        significant = np.abs(significance(choice.errors, choice.standardized, robust_std(choice.standardized), noise))
+        significant = np.abs(significance_left_out(choice, noise))
         significant[np.isin(rest, acquitted)] = 0
         worst, channel = np.unravel_index(significant.argmax(), significant.shape)
         if significant[worst, channel] <= least:
@@ -933,9 +940,15 @@ def _find_worst(choice, centers, noise):
 def significance(errors, standardized, usual, least):
     """Return how many times the usual of its channel each standardized error is, 0 for errors up to the least.
 
-    Errors and standardized ones as in `left_out_errors`, (n_points, n_channels); usual and least, (n_channels,).
+    Errors and standardized ones as in `left_out_errors`, (n_points, n_channels); usual and least,
+    (n_channels,).
     """
     return np.where(np.abs(errors) > least, standardized / usual, 0)
+
+
+def significance_left_out(choice, least):
+    """Return the `significance` of the errors of a Choice's own points, each left out."""
+    return significance(choice.errors, choice.standardized, robust_std(choice.standardized), least)
 
 
 def robust_std(errors):
@@ -1024,8 +1037,10 @@ def _fit_scale(points, levels, light):
             break
     left = np.maximum(total - scale * shared, 0) / max(1, len(levels) - terms.shape[1] - 1)
     tiny = np.finfo(float).tiny
-    return (model, scale, np.sqrt(left / np.maximum(own, tiny)), np.sqrt((model.choice.errors**2).mean(axis=0)),
-            shared / np.sqrt(np.maximum(own * total, tiny)))
+    error = np.sqrt(left / np.maximum(own, tiny))
+    unexplained = np.sqrt((model.choice.errors**2).mean(axis=0))
+    correlation = shared / np.sqrt(np.maximum(own * total, tiny))
+    return model, scale, error, unexplained, correlation
 
 
 # ---- Automatic points -----------------------------------------------------------------------------------------------
@@ -1122,8 +1137,9 @@ def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIG
     varies = np.ptp(levels, axis=0) > rounding  # a constant channel tells nothing
     varies |= not varies.any()
     certain = np.arange(len(points.x)) < n_given
-    sites = Sites(points, levels[:, varies], np.maximum(noise, rounding)[varies], certain, np.array([width, height]),
-                  max(height, width) / n)
+    noise = np.maximum(noise, rounding)[varies]
+    cell = max(height, width) / n
+    sites = Sites(points, levels[:, varies], noise, certain, np.array([width, height]), cell)
     with one_blas_thread():
         sky, scatter = find_consensus(sites)
         agree = scatter < MOST_SCATTER and sky.mean() > LEAST_SKY and sky[certain].all()
@@ -1140,7 +1156,8 @@ def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIG
 def parts_without(points, height, width):
     """Return the names of the outer ninths of the frame that have no point, the first row being at the top."""
     found = {(3 * y // height, 3 * x // width) for x, y in zip(points.x.tolist(), points.y.tolist())}
-    return [name for i, row in enumerate(OUTER_PARTS) for j, name in enumerate(row) if name and (i, j) not in found]
+    return [name for i, row in enumerate(OUTER_PARTS) for j, name in enumerate(row)
+            if name and (i, j) not in found]
 
 
 class Sites(NamedTuple):
@@ -1182,17 +1199,18 @@ def with_rounding(noise, image, points, sigma):
 def find_consensus(sites):
     """Find the largest set of places that agree on one smooth surface to within the noise.
 
-    Returns sky, (n_places,) bool, and the standard deviation of its levels about the surface, in units of their
-    noise.
+    Returns sky, (n_places,) bool, and the standard deviation of its levels about the surface, in units of
+    their noise.
 
     A trimmed regression, in the manner of least trimmed squares and of the minimum covariance determinant
-    (Rousseeuw and Van Driessen 1999, Technometrics 41, 212; 2006, Data Mining and Knowledge Discovery 12, 29),
-    over polynomials of several degrees and from many starts: all places, and the farther half or three quarters
-    from each of 6 x 5 centers, one of which lies in the nebula. With residuals r, their covariance S and d = r'
-    S^-1 r, steps of concentration keep the half of smallest d; then all are kept that agree. The best has the
-    highest likelihood, in which a place off the surface costs as much as one sqrt(2 x `DROPPED`) deviations off,
-    and a little more below, since nebulae shine, less the information criterion's price of its terms. Certain
-    points weigh as much as half of the places together, and cost ten times as much off the surface.
+    (Rousseeuw and Van Driessen 1999, Technometrics 41, 212; 2006, Data Mining and Knowledge Discovery 12,
+    29), over polynomials of several degrees and from many starts: all places, and the farther half or three
+    quarters from each of 6 x 5 centers, one of which lies in the nebula. With residuals r, their covariance
+    S and d = r' S^-1 r, steps of concentration keep the half of smallest d; then all are kept that agree.
+    The best has the highest likelihood, in which a place off the surface costs as much as one sqrt(2 x
+    `DROPPED`) deviations off, and a little more below, since nebulae shine, less the information
+    criterion's price of its terms. Certain points weigh as much as half of the places together, and cost
+    ten times as much off the surface.
     """
     n_places, certain, places = len(sites.levels), sites.certain, 2 * sites.points.centers / sites.size - 1
     weights = np.where(certain, max(1, n_places / 2 / max(1, certain.sum())), 1.0)
@@ -1235,7 +1253,8 @@ def concentrate(surfaces, sky, costs):
     scatter = np.sqrt(np.trace(covariance, axis1=1, axis2=2))
     below = residuals.min(axis=2) < -BELOW * scatter[:, None]
     score = -(np.minimum(distances / 2, costs) + below) @ surfaces.weights
-    score -= n_places / 2 * np.linalg.slogdet(covariance)[1] + surfaces.n_terms * n_channels / 2 * math.log(n_places)
+    score -= n_places / 2 * np.linalg.slogdet(covariance)[1]
+    score -= surfaces.n_terms * n_channels / 2 * math.log(n_places)
     i = score.argmax()
     return score[i], sky[i] > 0, scatter[i] / math.sqrt(n_channels)
 
@@ -1296,14 +1315,15 @@ def nearest(distances, n):
 def grow_from_certain(sites):
     """Return which places are sky, beginning with the certain ones, (n_places,) bool.
 
-    The adaptive model through what is sky predicts the others, and knows how far it may be off (kriging). Where it is
-    most certain, those join that are as predicted; all are judged anew by the model through more of them.
+    The adaptive model through what is sky predicts the others, and knows how far it may be off (kriging).
+    Where it is most certain, those join that are as predicted; all are judged anew by the model through
+    more of them.
     """
     sky, least = sites.certain, MISFIT * sites.noise
     for _ in range(ROUNDS):
         choice = fit_sites(sky, sites)
         usual, off, deviation = robust_std(choice.standardized), np.zeros(len(sky)), np.zeros(len(sky))
-        off[sky] = np.abs(significance(choice.errors, choice.standardized, usual, least)).max(axis=1)
+        off[sky] = np.abs(significance_left_out(choice, least)).max(axis=1)
         if not sky.all():
             errors, deviation[~sky] = predict_others(choice, sites.points.centers, sites.levels, sky)
             standardized = errors / deviation[~sky, None]
@@ -1333,8 +1353,8 @@ def groups_off(sky, sites):
 def ends_of_glows(sky, sites):
     """Tell which places off the surface are the ends of glows, more than a polynomial follows.
 
-    Those are a few in a corner, as of an amplifier's glow, and small groups at the border, if none stands out from the
-    adaptive model through sky and group: a glow is smooth to the noise, and a nebula is not.
+    Those are a few in a corner, as of an amplifier's glow, and small groups at the border, if none stands
+    out from the adaptive model through sky and group: a glow is smooth to the noise, and a nebula is not.
     """
     all_sky, at_border = sky, sites.from_border() < sites.cell
     for group in groups_off(sky, sites):
@@ -1351,8 +1371,8 @@ def ends_of_glows(sky, sites):
 def follow_model(sky, sites):
     """Leave out what stands out above the adaptive model through the others, and take in the peaks of glows.
 
-    A glow's peak at the border is more than a polynomial follows: bright places there, where the model predicts them to
-    be brighter than nine in ten of the accepted ones, come back, once.
+    A glow's peak at the border is more than a polynomial follows: bright places there, where the model
+    predicts them to be brighter than nine in ten of the accepted ones, come back, once.
     """
     at_border = sites.from_border().min(axis=1) < 2 * sites.cell
     brightness = (sites.levels / sites.noise).sum(axis=1)
@@ -1366,7 +1386,8 @@ def follow_model(sky, sites):
         if sky.all():
             return sky
         errors, deviation = predict_others(choice, sites.points.centers, sites.levels, sky)
-        off = significance(errors, errors / deviation[:, None], robust_std(choice.standardized), MISFIT * sites.noise)
+        usual = robust_std(choice.standardized)
+        off = significance(errors, errors / deviation[:, None], usual, MISFIT * sites.noise)
         predicted = brightness[~sky] - (errors / sites.noise).sum(axis=1)
         joins = np.zeros(len(sky), bool)
         joins[~sky] = (np.abs(off).max(axis=1) < JOINS) & (predicted > np.quantile(brightness[sky], 0.9))
@@ -1380,7 +1401,9 @@ def leave_faint_ends(sky, sites):
     """Leave out faint ends of nebulae: inside of the frame, beside a group that shines, little excess is enough."""
     if sky.all():
         return sky
-    nebulae = sum((group for group in groups_off(sky, sites) if group.sum() >= GROUP), np.zeros(len(sky), bool))
+    nebulae = np.zeros(len(sky), bool)
+    for group in groups_off(sky, sites):
+        nebulae |= group & (group.sum() >= GROUP)
     choice = fit_sites(sky, sites)
     errors, _ = predict_others(choice, sites.points.centers, sites.levels, sky)
     nebulae[~sky] &= (errors / sites.noise).sum(axis=1) > 0
@@ -1405,8 +1428,7 @@ def places_above(choice, sky, sites, limit, least, where=True):
     Limit and least: in typical errors, and in data units, see `significance`.
     """
     excess = np.zeros(len(sky))
-    usual = robust_std(choice.standardized)
-    excess[sky] = significance(choice.errors, choice.standardized, usual, least).max(axis=1)
+    excess[sky] = significance_left_out(choice, least).max(axis=1)
     excess[sites.certain | ~np.broadcast_to(where, sky.shape)] = 0
     return excess > max(limit, 0.6 * excess.max())
 
@@ -1414,9 +1436,10 @@ def places_above(choice, sky, sites, limit, least, where=True):
 def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
     """Return the (n_places, 2) place of least variance in each cell of a grid, n cells along the longer side.
 
-    Windows two tiles wide are compared, a tile being as wide as the blur reaches. Those with pixels that are not
-    finite, without data (see `no_data`) in any channel, or transparent are left out, and suspiciously smooth ones.
-    Memory: 17 bytes a tile and channel, and a row of tiles in float64 for each worker.
+    Windows two tiles wide are compared, a tile being as wide as the blur reaches. Those with pixels that
+    are not finite, without data (see `no_data`) in any channel, or transparent are left out, and
+    suspiciously smooth ones. Memory: 17 bytes a tile and channel, and a row of tiles in float64 for each
+    worker.
     """
     height, width, n_channels = image.shape
     tile = max(8, len(blur_kernel(sigma)) // 2)
@@ -1459,7 +1482,8 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
         return np.empty((0, 2), int)
     typical = np.median(variance[good], axis=0)
     good &= (variance >= 0.04 * typical).all(axis=2)  # a fifth of the usual scatter: filled in, not measured
-    structure = np.where(good, (variance / np.maximum(typical, np.finfo(float).tiny)).sum(axis=2), np.inf).ravel()
+    structure = (variance / np.maximum(typical, np.finfo(float).tiny)).sum(axis=2)
+    structure = np.where(good, structure, np.inf).ravel()
     cell = max(height, width) / n
     cells_across, cells_down = max(1, round(width / cell)), max(1, round(height / cell))
     cells = (y * cells_down // height * cells_across + x * cells_across // width).ravel()
@@ -1471,14 +1495,15 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
 
 def equations(kernel, smooth, terms):
     """Return the matrix of the equations of `choose_model`, with one smoothness or one for each point."""
-    return np.block([[kernel - smooth * np.eye(len(kernel)), terms], [terms.T, np.zeros((terms.shape[1],) * 2)]])
+    n_terms = terms.shape[1]
+    return np.block([[kernel - smooth * np.eye(len(kernel)), terms], [terms.T, np.zeros((n_terms, n_terms))]])
 
 
 def predict_others(choice, centers, levels, accepted):
     """Return level minus prediction of the points that are not accepted, and its deviation, (n_points,).
 
-    The equations of `choose_model` give the prediction, and its variance as in kriging. The quotient of both is the
-    spread of `left_out_errors`.
+    The equations of `choose_model` give the prediction, and its variance as in kriging. The quotient of
+    both is the spread of `left_out_errors`.
     """
     inside = centers[accepted]
     kernel = multiquadric(distances_between(centers, inside), choice.epsilon)
@@ -1581,7 +1606,8 @@ def find_darkest(model, height, width, rows=ROWS, starmap=itertools.starmap):
         return model.lower_bound(start, stop, width)
 
     def evaluating(start, stop):
-        return np.min([block.min(axis=0).min(axis=0) for _, _, block in model.blocks(start, stop, width)], axis=0)
+        blocks = model.blocks(start, stop, width)
+        return np.min([block.min(axis=0).min(axis=0) for _, _, block in blocks], axis=0)
 
     groups = row_groups(height, rows)
     bounds = np.array(list(starmap(bounding, groups)))
@@ -1622,7 +1648,8 @@ def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky:
     ----------
     strip : (n_rows, width, n_channels) ndarray
     shift : (n_rows, width, n_channels) float64 ndarray
-        Background minus the level of the sky, in data units, of either sign: what `BackgroundModel.above` gives.
+        Background minus the level of the sky, in data units, of either sign: what `BackgroundModel.above`
+        gives.
     method : str
         - 'subtract': strip - shift;
         - 'stretch': (strip - shift) * white / (white - shift): white, the largest integer or 1.0 for floats, stays;
@@ -1635,8 +1662,8 @@ def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky:
     Returns
     -------
     (n_rows, width, n_channels) ndarray
-        Of the dtype of the strip. Integers are rounded to nearest and limited to their range. Floats are only cast:
-        negative values stay, and so does NaN.
+        Of the dtype of the strip. Integers are rounded to nearest and limited to their range. Floats are
+        only cast: negative values stay, and so does NaN.
 
     Raises
     ------
@@ -1676,8 +1703,8 @@ def _largest(dtype):
 def _subtract_integers(strip, shift):
     """Return strip - shift, rounded and limited.
 
-    Rounding the shift instead of the difference allows exact integers of the strip's own size, which are several times
-    faster than float64; it differs only where the difference is halfway between two integers.
+    Rounding the shift instead of the difference allows exact integers of the strip's own size, which are
+    several times faster than float64; it differs only where the difference is halfway between two integers.
     """
     unsigned, signed = (np.dtype(f'{kind}{strip.itemsize}') for kind in 'ui')
     shift = np.rint(shift)
@@ -1710,21 +1737,21 @@ def newly_limited(before, after):
 def dither_noise(start, stop, width, n_channels, stream=0):
     """Return (stop - start, width, n_channels) values uniform in -0.5 ... 0.5 that depend on nothing but their place.
 
-    Each row has its own part of the sequence of Philox, a counter-based generator (Salmon et al. 2011, Parallel random
-    numbers: as easy as 1, 2, 3), so that neither threads nor groups of rows matter. `stream` tells pictures apart.
+    Each row has its own part of the sequence of Philox, a counter-based generator (Salmon et al. 2011,
+    Parallel random numbers: as easy as 1, 2, 3), so that neither threads nor groups of rows matter.
+    `stream` tells pictures apart.
     """
-    rows = [np.random.Generator(np.random.Philox(key=stream, counter=[0, 0, 0, row])).random((width, n_channels))
-            for row in range(start, stop)]
-    return np.stack(rows) - 0.5
+    numbers = [np.random.Philox(key=stream, counter=[0, 0, 0, row]) for row in range(start, stop)]
+    return np.stack([np.random.Generator(each).random((width, n_channels)) for each in numbers]) - 0.5
 
 
 def correct_rows(strip, start, model, method='subtract', sky=None, dither=False, keep_no_data=True, blank=None):
     """Remove the background from rows of the picture from start on, (n_rows, width, n_samples), in place.
 
-    Color channels come first; further samples stay as they are. The model is above the level of the sky; method
-    and sky as in `correct`. Pixels without data may stay as they are, see `no_data`. `blank` is a value that
-    stands for no data anywhere: it stays, and nothing else becomes it. Returns how many pixels became black and
-    white, see `newly_limited`.
+    Color channels come first; further samples stay as they are. The model is above the level of the sky;
+    method and sky as in `correct`. Pixels without data may stay as they are, see `no_data`. `blank` is a
+    value that stands for no data anywhere: it stays, and nothing else becomes it. Returns how many pixels
+    became black and white, see `newly_limited`.
     """
     stop, width, n_channels = start + len(strip), strip.shape[1], model.n_channels
     noise = dither_noise(start, stop, width, n_channels) if dither else None
@@ -1791,9 +1818,9 @@ class RandomAccess:
 class Picture:
     """An open picture file that gives any of its rows; each format has a class that fills this in.
 
-    Wherever a window of rows and columns is cut out of a (height, width, n_channels) array, this serves as well: it has
-    `shape` and `dtype`, and `image[top:bottom, left:right]` is an array of the color channels. `read` gives extra
-    samples (alpha), too; it may be called from several threads.
+    Wherever a window of rows and columns is cut out of a (height, width, n_channels) array, this serves as
+    well: it has `shape` and `dtype`, and `image[top:bottom, left:right]` is an array of the color channels.
+    `read` gives extra samples (alpha), too; it may be called from several threads.
 
     Attributes
     ----------
@@ -1862,8 +1889,8 @@ class Picture:
 def read_binned(image, left, right, top, bottom, n=1000):
     """Return a part of the picture in at most about n x n pixels, float64, and how many pixels make one side of these.
 
-    Columns are averaged; of the rows of a block no more than four are read, of a large block one, so that a large
-    picture opens as fast as a small one.
+    Columns are averaged; of the rows of a block no more than four are read, of a large block one, so that a
+    large picture opens as fast as a small one.
     """
     factor, rows = max(1, -(-max(right - left, bottom - top) // n)), []
     edges = np.arange(0, right - left, factor)
@@ -1900,8 +1927,8 @@ class TiffBytes(RandomAccess):
     """The bytes of an open TIFF file and the directories in it; may be used from several threads.
 
     `byteorder` is '<' or '>', `first` the offset of the first directory. Directories and values can point
-    anywhere, also to the same bytes. So that reading them stays cheap, what they declare all together is never
-    more than the file has, and no directory is read twice.
+    anywhere, also to the same bytes. So that reading them stays cheap, what they declare all together is
+    never more than the file has, and no directory is read twice.
     """
 
     def __init__(self, file):
@@ -2003,8 +2030,8 @@ class TiffProfile(NamedTuple):
 class TiffImage(Picture):
     """An open TIFF picture, with a TiffProfile. Gray ones whose zero is white are read inverted: light is positive.
 
-    Memory: of an uncompressed file, no more than the rows asked for. Of a compressed one, the segments (strips
-    or tiles) that hold the rows, decoded, and those of the requests under way in other threads.
+    Memory: of an uncompressed file, no more than the rows asked for. Of a compressed one, the segments
+    (strips or tiles) that hold the rows, decoded, and those of the requests under way in other threads.
     """
 
     name, endings, can_compress = 'TIFF', ('.tif', '.tiff'), True
@@ -2065,15 +2092,17 @@ class TiffImage(Picture):
         right = right or self.shape[1]
         segment_height, segment_width, planes, down, across = self._grid
         window = np.empty((stop - start, right - left, self.n_samples), self.dtype)
-        indices = list(itertools.product(range(planes), range(start // segment_height, -(-stop // segment_height)),
-                                         range(left // segment_width, -(-right // segment_width))))
+        rows = range(start // segment_height, -(-stop // segment_height))
+        columns = range(left // segment_width, -(-right // segment_width))
+        indices = list(itertools.product(range(planes), rows, columns))
         for plane, i, j in indices:
             x, y = j * segment_width, i * segment_height
             first, last = max(start, y), min(stop, y + segment_height)
             first_x, last_x = max(left, x), min(right, x + segment_width)
             with self._damage():
                 index = (plane * down + i) * across + j
-                segment = self._segment_rows(index, first - y, last - y, len(indices))[:, first_x - x:last_x - x]
+                segment = self._segment_rows(index, first - y, last - y, len(indices))
+                segment = segment[:, first_x - x:last_x - x]
                 if segment.shape[:2] != (last - first, last_x - first_x):
                     raise Damage(f'segment {index} is cut short')
             samples = slice(plane, plane + 1) if planes > 1 else slice(None)
@@ -2277,7 +2306,8 @@ class TiffStrips:
         predictor = 3 if profile.dtype.kind == 'f' else 2 if profile.dtype.itemsize < 8 else 1
         self._predictor = predictor if compress else 1
         # Deflate makes noise no more than a little longer; 64 MB are left for that and for the tags.
-        size = height * width * profile.n_samples * profile.dtype.itemsize + sum(len(tag.value) for tag in profile.tags)
+        size = height * width * profile.n_samples * profile.dtype.itemsize
+        size += sum(len(tag.value) for tag in profile.tags)
         self.bigtiff = profile.bigtiff or size > 2**32 - 2**26
         self._offsets, self._sizes = [], []
         file.write(pack_head(profile.byteorder, self.bigtiff))  # `finish` writes the one that leads somewhere
@@ -2413,8 +2443,9 @@ def fits_blocks(size):
 class FitsImage(Picture):
     """An open FITS picture: the primary array, or the first image extension if that is empty; gray or three planes.
 
-    Integers may have the offset that makes them unsigned (or signed bytes); nothing else may be scaled. Rows are
-    counted as they are stored. The standard: Pence et al. 2010, Astronomy and Astrophysics 524, A42.
+    Integers may have the offset that makes them unsigned (or signed bytes); nothing else may be scaled.
+    Rows are counted as they are stored. The standard: Pence et al. 2010, Astronomy and Astrophysics 524,
+    A42.
     """
 
     name, endings = 'FITS', ('.fits', '.fit', '.fts')
@@ -2495,8 +2526,9 @@ class FitsPlanes:
     """A FITS file like another, the source, whose planes are written group of rows by group of rows into a seekable
     file.
 
-    All other headers and data are copied, and all cards but those that describe the old pixels; a HISTORY card
-    is new. `header` is that of the picture, `stored` the dtype in the file, kind 'output' or 'background'.
+    All other headers and data are copied, and all cards but those that describe the old pixels; a HISTORY
+    card is new. `header` is that of the picture, `stored` the dtype in the file, kind 'output' or
+    'background'.
     """
 
     def __init__(self, file, source, header, stored, kind):
@@ -2633,12 +2665,13 @@ def is_device(path):
 def whole_files(outputs, overwrite):
     """Give files to write, {key: file} for {key: path}, that all appear when the block ends well, or none of them.
 
-    The paths are checked by `check_paths`. A symbolic link stays, and the file that it points to is written. If
-    files may not be replaced, one that appears meanwhile is left alone, and is an error.
+    The paths are checked by `check_paths`. A symbolic link stays, and the file that it points to is
+    written. If files may not be replaced, one that appears meanwhile is left alone, and is an error.
 
-    Where the system can (Linux), a file has no name until it is complete, so that nothing is left of it however
-    the program ends; elsewhere it has a random name in the folder of its path. It is synchronized, and linked or
-    renamed to the path. A file that is replaced leaves its mode, and its owner where that is allowed.
+    Where the system can (Linux), a file has no name until it is complete, so that nothing is left of it
+    however the program ends; elsewhere it has a random name in the folder of its path. It is synchronized,
+    and linked or renamed to the path. A file that is replaced leaves its mode, and its owner where that is
+    allowed.
     """
     with contextlib.ExitStack() as stack:
         files, sources = {}, {}
@@ -2782,8 +2815,9 @@ def signals_handled(handler):
 def stretch_midtones(picture, like=None):
     """Return a picture in 0 ... 1, stretched so that faint light shows, with one curve for all channels.
 
-    The screen transfer function of astronomers: black 2.8 deviations (see `robust_std`) below the median, and the
-    midtones transfer function that takes the median to a quarter; of this picture or of one like it.
+    The screen transfer function of astronomers: black 2.8 deviations (see `robust_std`) below the median,
+    and the midtones transfer function that takes the median to a quarter; of this picture or of one like
+    it.
     """
     values = (picture if like is None else like).ravel()
     most = values.max(where=np.isfinite(values), initial=-np.inf)
@@ -2821,7 +2855,8 @@ def draw_points(axes, points, bad, radius, numbered):
 def draw_preview(file, kind, image, points, misfits, model, method, sky, radius):
     """Draw the points on the picture, the background with its contour lines, and the result; blue is what became black.
 
-    Into a binary file, as 'png', 'pdf' or 'svg'; misfits are indices of points, method and sky as in `correct`.
+    Into a binary file, as 'png', 'pdf' or 'svg'; misfits are indices of points, method and sky as in
+    `correct`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -2862,8 +2897,9 @@ def draw_preview(file, kind, image, points, misfits, model, method, sky, radius)
 class Editor:
     """A window to set points by hand, with the background or the result beside the picture.
 
-    Starts with `pairs`, see `make_points`, of an image; settings have auto, sigma, smooth, method and sky of the
-    command line; save takes Points, writes them, and returns the file's name. `accepted`: whether Enter closed it.
+    Starts with `pairs`, see `make_points`, of an image; settings have auto, sigma, smooth, method and sky
+    of the command line; save takes Points, writes them, and returns the file's name. `accepted`: whether
+    Enter closed it.
     """
 
     HELP = ('click: add, Shift-click: to the isoline, drag: move, right click or Delete: remove, Ctrl-Z, Ctrl-Y; '
@@ -2921,11 +2957,13 @@ class Editor:
         self.unusable, self.misfits, self.model, levels = self._check(), [], None, None
         try:
             points = self.points()
-            levels, noise = np.array([self._measured[points.x[i], points.y[i]] for i in points.leader]).swapaxes(0, 1)
+            places = zip(points.x[points.leader], points.y[points.leader])
+            levels, noise = np.array([self._measured[place] for place in places]).swapaxes(0, 1)
             self.model, text = fit_background(points, levels, self.settings.smooth), f'{len(points.x)} points'
             if self.model.choice:
                 usable = np.setdiff1d(np.arange(len(self.pairs)), list(self.unusable))
-                self.misfits = [int(usable[i]) for i, _ in find_misfits(points, levels, noise, self.model.choice)]
+                misfits = find_misfits(points, levels, noise, self.model.choice)
+                self.misfits = [int(usable[i]) for i, _ in misfits]
         except RmgradientError as error:
             text = str(error)
         reasons = dict.fromkeys(self.misfits, 'does not fit the others: not on empty sky?') | self.unusable
@@ -3241,9 +3279,11 @@ def process_picture(path, outputs, points, saved_for, options, alone):
                 with about(outputs['save_points']):
                     files['save_points'].write(points_file(path, points, image, options))
             if 'preview' in files:
-                kind, radius = os.path.splitext(outputs['preview'])[1][1:].lower(), math.ceil(3 * options.sigma)
+                kind = os.path.splitext(outputs['preview'])[1][1:].lower()
+                radius = math.ceil(3 * options.sigma)
                 with about(outputs['preview']):
-                    draw_preview(files['preview'], kind, image, points, misfits, model, options.method, sky, radius)
+                    draw_preview(files['preview'], kind, image, points, misfits, model, options.method, sky,
+                                 radius)
     if 'output' in outputs:
         report_limited(outputs['output'], 100 * counts[:2] / (image.shape[0] * image.shape[1]))
         logger.info('%s: written; the sky is level at %s', outputs['output'], in_words(sky))
@@ -3378,8 +3418,8 @@ def points_file(path, points, image, options):
 def write_pictures(path, outputs, files, image, model, sky, options, starmap):
     """Write the corrected picture and the background.
 
-    Returns how many pixels became black and white, and of how many the background did not fit in the type. Memory: a
-    few strips a worker.
+    Returns how many pixels became black and white, and of how many the background did not fit in the type.
+    Memory: a few strips a worker.
     """
     height, width, n_channels = image.shape
     above, keep_no_data = model.above(sky), not is_classic(model, options.sky)
@@ -3422,7 +3462,8 @@ def write_pictures(path, outputs, files, image, model, sky, options, starmap):
 def threads(progress):
     """Give an `itertools.starmap` for lists of arguments that works in threads, and keeps the order of results.
 
-    No more than two results a worker wait to be taken, so that memory is bounded. On the way out nothing is waited for.
+    No more than two results a worker wait to be taken, so that memory is bounded. On the way out nothing is
+    waited for.
     """
     np.empty(min(N_WORKERS, 4) * 2**27, np.uint8)  # MemoryError now; later, threads would hang, and BLAS exit
     pool = concurrent.futures.ThreadPoolExecutor(N_WORKERS)
@@ -3726,8 +3767,8 @@ class _Formatter(logging.Formatter):
 def run():
     """Run as a command, and exit with the status at once.
 
-    Threads that still work on strips are not waited for, nor are the libraries taken apart, which takes a twentieth of
-    an ordinary run: all files are complete or gone.
+    Threads that still work on strips are not waited for, nor are the libraries taken apart, which takes a
+    twentieth of an ordinary run: all files are complete or gone.
     """
     gc.freeze()  # the libraries are there to stay
     gc.enable()
