@@ -5,6 +5,9 @@ import re
 import sys
 from pathlib import Path
 
+# As the command has it, before numpy is loaded: more threads of the BLAS would only wait for each other.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+
 import numpy as np
 import pytest
 import tifffile
@@ -12,7 +15,7 @@ import tifffile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'test_data')]
 
-import rmgradient as rg  # noqa: E402
+import rmgradient as rg
 
 posix = pytest.mark.skipif(os.name == 'nt', reason='needs POSIX')
 
