@@ -752,8 +752,8 @@ class BackgroundModel:
     def lower_bound(self, start, stop, width):
         """Return (n_channels,) values that no pixel of rows start to stop - 1 is below, for a tenth of `blocks`' work.
 
-        Weights of sum 1 and absolute sum L take values between a and b to no less than (a + b) / 2 - L (b -
-        a) / 2.
+        Weights of sum 1 and absolute sum L take values between a and b to no less than
+        (a + b) / 2 - L (b - a) / 2.
         """
         bounds = []
         for _, y_matrix, along_x in self._panels(start, stop, width):
@@ -1061,7 +1061,6 @@ STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to be left out, to c
 LEAST_GIVEN = 5  # certain points that others can grow from: of fewer, none is predicted by the others
 AS_PREDICTED, ROUNDS = 2.0, 30  # typical errors within which a place joins, and how often all are judged at most
 MOST_SCATTER, LEAST_SKY = 4.0, 0.6  # noises, and part of the places: beyond, they are said not to agree
-OUTER_PARTS = (('upper left', 'top', 'upper right'), ('left', None, 'right'), ('lower left', 'bottom', 'lower right'))
 
 
 class Chosen(NamedTuple):
@@ -1149,15 +1148,9 @@ def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIG
         else:
             sky = grow_from_certain(sites)
             agree = (robust_std(fit_sites(sky, sites).errors) < MOST_SCATTER * sites.noise).all()
-        sky = leave_faint_ends(follow_model(sky, sites), sites)
+        sky, choice = follow_model(sky, sites)
+        sky = leave_faint_ends(sky, sites, choice)
     return Chosen(points.subset(sky), len(sky) - n_given, agree)
-
-
-def parts_without(points, height, width):
-    """Return the names of the outer ninths of the frame that have no point, the first row being at the top."""
-    found = {(3 * y // height, 3 * x // width) for x, y in zip(points.x.tolist(), points.y.tolist())}
-    return [name for i, row in enumerate(OUTER_PARTS) for j, name in enumerate(row)
-            if name and (i, j) not in found]
 
 
 class Sites(NamedTuple):
@@ -1213,6 +1206,7 @@ def find_consensus(sites):
     ten times as much off the surface.
     """
     n_places, certain, places = len(sites.levels), sites.certain, 2 * sites.points.centers / sites.size - 1
+    levels = sites.levels / sites.noise
     weights = np.where(certain, max(1, n_places / 2 / max(1, certain.sum())), 1.0)
     costs = np.where(certain, 10 * DROPPED, DROPPED)
     starts = [np.ones(n_places)]
@@ -1220,10 +1214,10 @@ def find_consensus(sites):
         for y in np.linspace(-1, 1, 5):
             distance = np.hypot(*((places - [x, y]) * sites.size).T)
             starts += [(distance > np.quantile(distance, part)).astype(float) for part in (0.25, 0.5)]
+    starts = np.array(starts)
 
     def best_of(degree):
-        surfaces = Surfaces(legendre_terms(places, degree), sites.levels / sites.noise, weights)
-        return concentrate(surfaces, np.array(starts), costs)
+        return concentrate(Surfaces(legendre_terms(places, degree), levels, weights), starts, costs)
 
     degrees = [d for d in DEGREES if n_places >= (1 if d < 3 else 1.5) * (d + 1) * (d + 2)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -1371,8 +1365,9 @@ def ends_of_glows(sky, sites):
 def follow_model(sky, sites):
     """Leave out what stands out above the adaptive model through the others, and take in the peaks of glows.
 
-    A glow's peak at the border is more than a polynomial follows: bright places there, where the model
-    predicts them to be brighter than nine in ten of the accepted ones, come back, once.
+    Returns sky and the Choice of the model through it. A glow's peak at the border is more than a
+    polynomial follows: bright places there, where the model predicts them to be brighter than nine in ten
+    of the accepted ones, come back, once.
     """
     at_border = sites.from_border().min(axis=1) < 2 * sites.cell
     brightness = (sites.levels / sites.noise).sum(axis=1)
@@ -1384,7 +1379,7 @@ def follow_model(sky, sites):
             sky = sky & ~out
             continue
         if sky.all():
-            return sky
+            return sky, choice
         errors, deviation = predict_others(choice, sites.points.centers, sites.levels, sky)
         usual = robust_std(choice.standardized)
         off = significance(errors, errors / deviation[:, None], usual, MISFIT * sites.noise)
@@ -1393,18 +1388,21 @@ def follow_model(sky, sites):
         joins[~sky] = (np.abs(off).max(axis=1) < JOINS) & (predicted > np.quantile(brightness[sky], 0.9))
         joins &= at_border & ~tried
         if not joins.any():
-            return sky
+            return sky, choice
         sky, tried = sky | joins, tried | joins
 
 
-def leave_faint_ends(sky, sites):
-    """Leave out faint ends of nebulae: inside of the frame, beside a group that shines, little excess is enough."""
+def leave_faint_ends(sky, sites, choice):
+    """Leave out faint ends of nebulae: inside of the frame, beside a group that shines, little excess is enough.
+
+    Choice: of the model through the sky.
+    """
     if sky.all():
         return sky
     nebulae = np.zeros(len(sky), bool)
     for group in groups_off(sky, sites):
-        nebulae |= group & (group.sum() >= GROUP)
-    choice = fit_sites(sky, sites)
+        if group.sum() >= GROUP:
+            nebulae |= group
     errors, _ = predict_others(choice, sites.points.centers, sites.levels, sky)
     nebulae[~sky] &= (errors / sites.noise).sum(axis=1) > 0
     away = distances_between(sites.points.centers, sites.points.centers[nebulae]).min(axis=1, initial=np.inf)
@@ -1503,7 +1501,7 @@ def predict_others(choice, centers, levels, accepted):
     """Return level minus prediction of the points that are not accepted, and its deviation, (n_points,).
 
     The equations of `choose_model` give the prediction, and its variance as in kriging. The quotient of
-    both is the spread of `left_out_errors`.
+    both is a standardized error, as in `left_out_errors`.
     """
     inside = centers[accepted]
     kernel = multiquadric(distances_between(centers, inside), choice.epsilon)
@@ -1732,6 +1730,16 @@ def newly_limited(before, after):
             if reached == limit:
                 counts[i] = np.count_nonzero(((after == limit) & (before != limit)).any(axis=2))
     return counts
+
+
+def count_unfit(values, dtype):
+    """Return how many pixels have a channel that is beyond what an integer dtype holds; floats hold all."""
+    if np.dtype(dtype).kind == 'f':
+        return 0
+    lowest, highest = np.iinfo(dtype).min, np.iinfo(dtype).max
+    if lowest <= values.min() and values.max() <= highest:
+        return 0
+    return np.count_nonzero(((values < lowest) | (values > highest)).any(axis=2))
 
 
 def dither_noise(start, stop, width, n_channels, stream=0):
@@ -3110,6 +3118,7 @@ class Editor:
 # ---- Pipeline -------------------------------------------------------------------------------------------------------
 
 LEAST_SPAN = 0.15  # of the picture's area, were the points spread evenly; with less, most is extrapolated
+OUTER_PARTS = (('upper left', 'top', 'upper right'), ('left', None, 'right'), ('lower left', 'bottom', 'lower right'))
 
 
 def remove_gradient(image: np.ndarray, points: np.ndarray | Points | str, *, sigma: float = SIGMA,
@@ -3436,10 +3445,7 @@ def write_pictures(path, outputs, files, image, model, sky, options, starmap):
         if 'background' in files:
             background = model.evaluate(start, stop, width)
             noise = dither_noise(start, stop, width, n_channels, stream=1) if options.dither else None
-            if image.dtype.kind in 'ui':
-                limits = np.iinfo(image.dtype)
-                if background.min() < limits.min or background.max() > limits.max:
-                    n_unfit = ((background < limits.min) | (background > limits.max)).any(axis=2).sum()
+            n_unfit = count_unfit(background, image.dtype)
             background = to_dtype(background, image.dtype, noise)
             if image.blank is not None:
                 background = keep_off(background, image.blank)
@@ -3511,6 +3517,13 @@ def report_chosen(path, image, given, chosen):
         logger.warning('%s: no point in the %s, where the background is a guess; a finer grid (-a 25) may find some, '
                        'or give some (-p, -f or --edit)', path, ', '.join(parts))
     return chosen.points
+
+
+def parts_without(points, height, width):
+    """Return the names of the outer ninths of the frame that have no point, the first row being at the top."""
+    found = {(3 * y // height, 3 * x // width) for x, y in zip(points.x.tolist(), points.y.tolist())}
+    return [name for i, row in enumerate(OUTER_PARTS) for j, name in enumerate(row)
+            if name and (i, j) not in found]
 
 
 def report_limited(path, percent):

@@ -253,7 +253,7 @@ def drawn_with_error(draw, seed):
 @pytest.mark.parametrize(('draw', 'seed', 'rule', 'without', 'times'), [
     (clouds, 18, 'rims', nothing, 3), (amplifier, 9, 'CORNER', 0, 1.5), (clouds, 40, 'ROUGH', 0.0, 1.5),
     (clouds, 71, 'MOST_END', 1.0, 3), (clouds, 79, 'BELOW', 1e9, 1.5), (starry, 8, 'GROUP', 1, 1.3),
-    (clouds, 71, 'leave_faint_ends', lambda sky, sites: sky, 1.5), (clouds, 18, 'STANDS_OUT', 1e9, 2),
+    (clouds, 71, 'leave_faint_ends', lambda sky, *_: sky, 1.5), (clouds, 18, 'STANDS_OUT', 1e9, 2),
     (clouds, 71, 'JOINS', 0.0, 1.5), (clouds, 71, 'DROPPED', 8.0, 3), (amplifier, 9, 'DROPPED', 3.0, 3),
     (clouds, 18, 'DEGREES', range(1, 5), 2)])
 def test_each_rule_is_needed(monkeypatch, draw, seed, rule, without, times):

@@ -145,7 +145,7 @@ def test_tag_that_claims_gigabytes(cli):
     assert 'hostile.tif: tag 60000 cannot be read and is left out' in said
 
 
-@pytest.mark.parametrize('code', [273, 282, 330, 258, 270])
+@pytest.mark.parametrize('code', [273, 282, 330, 338, 339, 258, 270, 50838])
 def test_tags_given_again_and_again(cli, code):
     """2000 entries of one tag, each with the same 2 MB: tifffile would load them all."""
     path = cli.folder / 'hostile.tif'
@@ -404,17 +404,17 @@ def test_stacks_of_other_programs(cli):
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='needs /proc')
 @pytest.mark.parametrize('arguments', [['-a', '-b', 'b.tif'], ['--smooth', '0.1', '--dither', '-p']])
 def test_memory_does_not_grow_with_the_height(cli, arguments):
-    """Peaks of two processes, one with a picture six times as high: the same but for little of the rows."""
+    """Peaks of two processes, one with a picture six times as high: the same but for a tenth of the rows more."""
     points = words(cli.points) if arguments[-1] == '-p' else []
     peaks = []
-    for height in (500, 3000):
+    for height in (1000, 6000):
         sky = np.random.default_rng(1).integers(1000, 1050, (height, 600, 3), np.uint16)
         tifffile.imwrite('hostile.tif', sky, photometric='rgb', rowsperstrip=100)
         done = subprocess.run([sys.executable, '-c', MEASURED, ROOT, '-q', '-i', 'hostile.tif', '-o', 'out.tif',
                                '--overwrite', *arguments, *points], capture_output=True, text=True, cwd=cli.folder)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) / 1000)
-    assert peaks[1] - peaks[0] < 0.25 * 2500 * 600 * 6 / 1e6  # a quarter of them in their own type
+    assert peaks[1] - peaks[0] < 0.1 * 5000 * 600 * 6 / 1e6
 
 
 def test_no_more_results_wait_than_said():
