@@ -156,7 +156,7 @@ def about(name):
 
 # ---- Points ---------------------------------------------------------------------------------------------------------
 
-MOST_POINTS = 5000  # that a model is fitted to
+MOST_POINTS = 5000  # that a model is fitted to: time grows with the third power, memory with the second
 SEPARATORS = r'[\s,;()\[\]{}]+'  # of coordinates
 
 
@@ -168,8 +168,7 @@ class Points(NamedTuple):
     x, y : (n_points,) int ndarray
         Column and row; the top left pixel is (0, 0).
     leader : (n_points,) int ndarray
-        Index of the point whose level each takes: its own, or, on an isoline, that of the isoline's first
-        point.
+        Index of the point whose level each takes: its own, or that of the first point of its isoline.
     sources : tuple of str
         Where each was read, for messages; empty if that is not known.
     """
@@ -189,6 +188,11 @@ class Points(NamedTuple):
         """(n_points, 2) float64 ndarray: the places x, y."""
         return np.stack([self.x, self.y], axis=1).astype(float)
 
+    @property
+    def pairs(self):
+        """(n_points, 2) float64 ndarray: the places, negative (-0.0, too) on isolines, as `make_points` takes them."""
+        return np.copysign(self.centers, np.where(self.on_isoline, -1.0, 1.0)[:, None])
+
     def subset(self, kept):
         """Return some of the points, (n_points,) bool; on an isoline the first of those kept is the leader."""
         _, first, group = np.unique(self.leader[kept], return_index=True, return_inverse=True)
@@ -196,41 +200,32 @@ class Points(NamedTuple):
 
     def describe(self, indices):
         """Return some of the points in words: the first five, and how many more."""
-        sources = self.sources or [''] * len(self.x)
-        some = [f'({self.x[i]}, {self.y[i]})' + (f' in {sources[i]}' if sources[i] else '') for i in indices[:5]]
+        sources = [f' in {source}' for source in self.sources] or [''] * len(self.x)
+        some = ', '.join(f'({self.x[i]}, {self.y[i]}){sources[i]}' for i in indices[:5])
         more = f' and {len(indices) - 5} more' if len(indices) > 5 else ''
-        return f'{"points" if len(indices) > 1 else "point"} {", ".join(some)}{more}'
-
-    def pairs(self):
-        """Return (n_points, 2) coordinates, negative (-0.0, too) on isolines: what `make_points` takes."""
-        return np.copysign(self.centers, np.where(self.on_isoline, -1.0, 1.0)[:, None])
+        return f'{"points" if len(indices) > 1 else "point"} {some}{more}'
 
 
 def parse_coordinates(words):
-    """Turn words into pairs of coordinates, (n_points, 2).
-
-    Commas, semicolons and brackets may stand between numbers; decimals are rounded. -0 keeps its sign.
-    """
+    """Return the (n_points, 2) pairs that words hold; decimals are rounded, and -0 keeps its sign."""
     found = []
     for word in re.split(SEPARATORS, ' '.join(words).strip(' ,;()[]{}')) if words else []:
         if not re.fullmatch(r'[+-]?[0-9]{1,9}(\.[0-9]*)?', word, re.ASCII):
             raise RmgradientError(f'coordinate {word[:40]!r} is not a number of pixels')
         found.append(math.copysign(round(abs(float(word))), -1 if word[0] == '-' else 1))
     if len(found) % 2:
-        raise RmgradientError(f'{len(found)} coordinates are not pairs: the last one, {found[-1]:.0f}, has no '
-                              'partner')
+        raise RmgradientError(f'{len(found)} coordinates are not pairs: the last one, {found[-1]:.0f}, has no partner')
     return np.array(found).reshape(-1, 2)
 
 
 def parse_points_file(lines):
-    """Turn lines into pairs, and return the numbers of their lines, too.
+    """Return the pairs that lines hold, and the number of the line of each.
 
-    One pair a line, or one number a line in all of them. Anything after the pair is a comment, and so is
-    all after a #.
+    A pair a line, or in all lines a single number. What stands behind a pair or a # is a comment.
     """
     words = [re.split(SEPARATORS, line.split('#')[0].strip(' \t\r\n,;()[]{}'))[:2] for line in lines]
     words = [(i, line) for i, line in enumerate(words, 1) if line[0]]
-    if words and all(len(line) == 1 for _, line in words):
+    if all(len(line) == 1 for _, line in words):
         words = [(i, [*one, *other]) for (i, one), (_, other) in itertools.zip_longest(
             words[::2], words[1::2], fillvalue=(0, []))]
     pairs = []
@@ -243,7 +238,7 @@ def parse_points_file(lines):
 
 
 def format_points(points):
-    """Return the points as lines that `parse_points_file` reads."""
+    """Return lines that `parse_points_file` reads."""
     return [f'{"-" if on_isoline else ""}{x} {y}' for x, y, on_isoline in zip(points.x, points.y, points.on_isoline)]
 
 
@@ -255,21 +250,16 @@ def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) 
     pairs : (n_points, 2) array_like
         Coordinates x, y in pixels. A sign bit on either (-0.0 counts) puts the point on the isoline of the
         last point without one.
-    sources : sequence of str, optional
+    sources : sequence of str
         Where each was read, for messages.
     least : int
         How many there have to be: three for a surface, one beside those that are chosen.
-
-    Returns
-    -------
-    Points
 
     Raises
     ------
     RmgradientError
         For anything but whole numbers, an isoline without a first point, a place given twice, too few
-        places, or more than `MOST_POINTS`: the time of a fit grows with the third power of their number,
-        memory with the second.
+        places, or more than `MOST_POINTS`.
     """
     pairs = np.asarray(pairs, float)
     if pairs.size == 0:
@@ -285,10 +275,9 @@ def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) 
         raise RmgradientError('the first point has a minus sign: an isoline needs a point without one before it')
     points, seen = unchecked_points(pairs, sources), {}
     for i, place in enumerate(zip(points.x.tolist(), points.y.tolist())):
-        if place in seen:
-            raise RmgradientError(f'{points.describe([i])}, number {i + 1}, repeats number {seen[place] + 1}: '
+        if (first := seen.setdefault(place, i)) != i:
+            raise RmgradientError(f'{points.describe([i])}, number {i + 1}, repeats number {first + 1}: '
                                   'remove one of them')
-        seen[place] = i
     if len(seen) < least:
         raise RmgradientError(f'too few points, {len(seen)}; give at least three')
     return points
@@ -302,49 +291,26 @@ def unchecked_points(pairs, sources=()):
     return Points(*np.abs(pairs).astype(int).T, leader, tuple(sources))
 
 
-# What can be done to pairs, (n_points, 2), a minus sign on those on the isoline of the last one without.
-
-def add_pair(pairs, x, y, on_isoline=False):
-    """Return pairs with one more; the first can't be on an isoline."""
-    sign = -1.0 if on_isoline and len(pairs) else 1.0
-    return np.vstack([pairs, [[sign * x, sign * y]]])
-
-
-def move_pair(pairs, i, x, y):
-    """Return pairs with one at another place."""
-    moved = pairs.copy()
-    moved[i] = np.copysign([x, y], -1.0 if np.signbit(pairs[i]).any() else 1.0)
-    return moved
-
-
 def remove_pair(pairs, i):
     """Return pairs without one; the next on its isoline takes its place as the one that is measured."""
     rest = np.delete(pairs, i, axis=0)
-    if i < len(rest) and not np.signbit(pairs[i]).any() and np.signbit(rest[i]).any():
+    if i < len(rest) and not np.signbit(pairs[i]).any():
         rest[i] = np.abs(rest[i])
     return rest
-
-
-def nearest_pair(pairs, x, y, reach):
-    """Return the index of the pair nearest to a place, or None if none is within reach."""
-    distances = np.hypot(*(np.abs(pairs) - [x, y]).T)
-    return int(distances.argmin()) if len(pairs) and distances.min() <= reach else None
 
 
 def check_points(points, height, width, radius):
     """Raise RmgradientError unless all points are inside, and the measured ones `radius` pixels from every border."""
     x, y = points.x, points.y
-    outside = np.flatnonzero((x >= width) | (y >= height))
-    if len(outside):
+    if len(outside := np.flatnonzero((x >= width) | (y >= height))):
         swapped = ': are x and y swapped?' if (x < height).all() and (y < width).all() else ''
-        raise RmgradientError(f'{points.describe(outside)} {"is" if len(outside) == 1 else "are"} outside of the '
+        raise RmgradientError(f'{points.describe(outside)} {"are" if len(outside) > 1 else "is"} outside of the '
                               f'picture, {width} x {height} pixels{swapped}')
     from_border = np.minimum(np.minimum(x, width - 1 - x), np.minimum(y, height - 1 - y))
-    near = np.flatnonzero((from_border < radius) & ~points.on_isoline)
-    if len(near):
-        one = len(near) == 1
-        raise RmgradientError(f'{points.describe(near)} {"is" if one else "are"} within {radius} pixels of the border; '
-                              f'use a smaller sigma or move {"it" if one else "them"}')
+    if len(near := np.flatnonzero((from_border < radius) & ~points.on_isoline)):
+        verb, them = ('are', 'them') if len(near) > 1 else ('is', 'it')
+        raise RmgradientError(f'{points.describe(near)} {verb} within {radius} pixels of the border; '
+                              f'use a smaller sigma or move {them}')
 
 
 # ---- Levels ---------------------------------------------------------------------------------------------------------
@@ -366,22 +332,20 @@ def measure_levels(image: np.ndarray | Picture, points: Points, sigma: float = S
     image : (height, width, n_channels) or (height, width) ndarray, or a Picture
         Only the windows around the points are read, from top to bottom.
     points : Points
-        One on an isoline takes the level of its leader.
     sigma : float
         Standard deviation of the Gaussian blur in pixels; see `blur_kernel`.
 
     Returns
     -------
-    levels : (n_points, n_channels) float64 ndarray
-        The values that blurring the whole image would give there, in data units.
-    noise : (n_points, n_channels) float64 ndarray
-        Standard errors of the levels as the scatter of the pixels tells, in data units.
+    levels, noise : (n_points, n_channels) float64 ndarrays
+        The values that blurring the whole image would give there, and their standard errors as the scatter of
+        the pixels tells, in data units; on an isoline, those of its leader.
 
     Raises
     ------
     RmgradientError
-        If a measured point is too close to the border, a point is outside, or its surroundings are not all
-        finite, or partly without data, see `no_data`.
+        If a point is outside, or a measured one is so close to the border, or to pixels that are not finite
+        or without data (see `no_data`), that the blur reaches there.
     """
     image = with_channels(image)
     height, width, n_channels = image.shape
@@ -392,15 +356,14 @@ def measure_levels(image: np.ndarray | Picture, points: Points, sigma: float = S
     order = np.lexsort([points.x, points.y])
     for i in order[~points.on_isoline[order]]:
         x, y = points.x[i], points.y[i]
-        with np.errstate(invalid='ignore', over='ignore'):  # inf - inf gives NaN
-            levels[i], noise[i], has_empty = _blur(image, y - radius, x - radius, kernel)
+        levels[i], noise[i], has_empty = _blur(image, y - radius, x - radius, kernel)
+        reason = '' if np.isfinite(levels[i]).all() else 'NaN or infinite pixels'
         if has_empty and any(no_data(image[row:row + 1, 0:width])[0, x - radius:x + radius + 1].any()
                              for row in range(y - radius, y + radius + 1)):
-            raise RmgradientError(f'{points.describe([i])} has pixels without data within {radius} pixels, as beside '
-                                  'the frame of a stack; move it or use a smaller sigma')
-        if not np.isfinite(levels[i]).all():
-            raise RmgradientError(f'{points.describe([i])} has NaN or infinite pixels within {radius} pixels; '
-                                  'move it or use a smaller sigma')
+            reason = 'pixels without data'
+        if reason:
+            raise RmgradientError(f'{points.describe([i])} has {reason} within {radius} pixels; move it or use a '
+                                  'smaller sigma')
     largest = np.abs(levels[points.leader]).max()
     if not 1e-140 < largest < 1e140 and largest > 0:  # squares of others are no numbers
         raise RmgradientError(f'levels up to {largest:.3g} are not from 1e-140 to 1e140; multiply the picture by a '
@@ -408,13 +371,11 @@ def measure_levels(image: np.ndarray | Picture, points: Points, sigma: float = S
     return levels[points.leader], noise[points.leader]
 
 
+@np.errstate(invalid='ignore', over='ignore')  # inf - inf gives NaN
 def _blur(image, top, left, kernel):
-    """Return the weighted mean of a window of the image, its standard error, and whether it has empty pixels.
-
-    A Gaussian separates into x and y.
-    """
+    """Return the weighted mean of a window of the image, its standard error, and whether it has empty pixels."""
     squares = kernel**2
-    # Sums of the rows: of the values, and with squared weights of the values and their squares.
+    # Sums of the rows, since a Gaussian separates: of values, and with squared weights of values and their squares.
     sums, has_empty = np.zeros((3, len(kernel), image.shape[2])), False
     for start, stop in row_groups(len(kernel)):
         window = image[top + start:top + stop, left:left + len(kernel)]
@@ -428,12 +389,10 @@ def _blur(image, top, left, kernel):
 
 
 def no_data(rows):
-    """Tell where rows of a picture, (n_rows, width, n_channels), have no data, as beside the frame of a registered
-    stack.
+    """Tell where rows, (n_rows, width, n_channels), have no data, as beside the frame of a registered stack.
 
-    Returns (n_rows, width) bool: pixels that are 0 or not finite in all channels, and so are all others from
-    there to the left or the right border. The frame that holds data is convex, so that zeros inside of it are
-    data.
+    Those pixels, (n_rows, width) bool, are 0 or not finite in all channels, and so are all others from there
+    to the left or the right border: the frame is convex, so that zeros inside of it are data.
     """
     empty = np.zeros(rows.shape[:2], bool)
     reaches = is_empty(rows[:, [0, -1]]).any(axis=1)
@@ -459,40 +418,12 @@ def row_groups(height, rows=ROWS):
     return [(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
-@contextlib.contextmanager
-def one_blas_thread():
-    """Hold products and decompositions of matrices to a thread each, as the command's environment does.
-
-    Ours are small, and work in threads of our own already: more of them would wait for each other, and use
-    ten times the processor time.
-    """
-    if IS_COMMAND:
-        yield
-    else:
-        with _blas().limit(limits=1, user_api='blas'):
-            yield
-
-
-@contextlib.contextmanager
-def can_start_threads():
-    """Turn the error that no thread can be started into one of memory, which it mostly is."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise MemoryError from error
-
-
-@functools.lru_cache
-def _blas():
-    import threadpoolctl
-    return threadpoolctl.ThreadpoolController()
-
-
 # ---- Choice of the model --------------------------------------------------------------------------------------------
 
 SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the distance between points
 SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
 LEAST_PLACES = 8  # that a model is chosen from
+TINY = np.finfo(float).tiny  # keeps a divisor from zero
 
 
 def distances_between(a, b):
@@ -526,6 +457,36 @@ def trend_terms(places, centers, trend):
     return np.hstack([constant, (places - middle) @ directions[known].T / lengths[known]])
 
 
+def across(values, terms):
+    """Return what is left of (n_points, n) values at right angles to orthonormal terms."""
+    return values - terms @ (terms.T @ values)
+
+
+def one_blas_thread():
+    """Hold products and decompositions of matrices to a thread each, as the command's environment does.
+
+    Ours are small, and work in threads of our own already: more of them would wait for each other, and use
+    ten times the processor time.
+    """
+    return contextlib.nullcontext() if IS_COMMAND else _blas().limit(limits=1, user_api='blas')
+
+
+@functools.lru_cache
+def _blas():
+    import threadpoolctl
+    return threadpoolctl.ThreadpoolController()
+
+
+def in_two_threads(work, arguments):
+    """Yield the work of each argument, in order; that no thread can be started is mostly a lack of memory."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        try:
+            results = pool.map(work, arguments)
+        except RuntimeError as error:
+            raise MemoryError from error
+        yield from results
+
+
 class Choice(NamedTuple):
     """The adaptive model as it was chosen and solved, and how well it predicts each point from the others."""
 
@@ -557,12 +518,9 @@ def choose_model(centers, levels, leader):
     4.8). With a dozen noisy points this is a steadier judge than leave-one-out errors, which now and then
     praise a bold surface by luck. Likelihoods of different trends don't compare, so the trend is chosen by
     leave-one-out errors (`left_out_errors`).
-
-    In the eigenvectors V of -A at right angles to the mean, with eigenvalues l, every smoothness and every
-    trend cost a few sums: one decomposition a shape serves them all.
     """
     rounding = 1e-10 * np.abs(levels).max(axis=0)
-    scale = levels.std(axis=0) + rounding + np.finfo(float).tiny
+    scale = levels.std(axis=0) + rounding + TINY
     # Three places can't judge a plane: it goes through all of them, without an error, and is chosen.
     with one_blas_thread():
         return min(_likeliest_of_each_trend(centers, levels, leader, rounding),
@@ -570,7 +528,11 @@ def choose_model(centers, levels, leader):
 
 
 def _likeliest_of_each_trend(centers, levels, leader, rounding):
-    """Return a Choice for each trend; residuals no larger than the rounding of their channel are none."""
+    """Return a Choice for each trend; residuals no larger than the rounding of their channel are none.
+
+    In the eigenvectors of -A at right angles to the mean, every smoothness and every trend cost a few sums:
+    one decomposition a shape serves them all.
+    """
     distances, spacing = distances_between(centers, centers), average_spacing(centers)
     # Above n_points / 3 the largest eigenvalue of A, n_points or more, is too close to smooth: A - smooth
     # is singular.
@@ -578,7 +540,7 @@ def _likeliest_of_each_trend(centers, levels, leader, rounding):
     trends = []
     for name in ('mean', 'plane'):
         terms = trend_terms(centers, centers, name)
-        residuals = levels - terms @ (terms.T @ levels)
+        residuals = across(levels, terms)
         rough = (np.abs(residuals) > rounding).any(axis=0)
         trends.append((name, terms, residuals * rough, rough))
 
@@ -591,13 +553,10 @@ def _likeliest_of_each_trend(centers, levels, leader, rounding):
 
     best = [None, None]
     if any(rough.any() for *_, rough in trends):
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            with can_start_threads():
-                judged = pool.map(judge, SHAPES * spacing)
-            for epsilon, eigenvalues, vectors, found in judged:
-                for i, likeliest in enumerate(found):
-                    if likeliest and (not best[i] or likeliest < best[i][0]):
-                        best[i] = likeliest, epsilon, eigenvalues, vectors
+        for epsilon, eigenvalues, vectors, found in in_two_threads(judge, SHAPES * spacing):
+            for i, likeliest in enumerate(found):
+                if likeliest and (not best[i] or likeliest < best[i][0]):
+                    best[i] = likeliest, epsilon, eigenvalues, vectors
     return [_solve(centers, levels, leader, distances, spacing, *trend, found)
             for trend, found in zip(trends, best)]
 
@@ -644,10 +603,9 @@ def _solve(centers, levels, leader, distances, spacing, trend, terms, residuals,
         epsilon, smooth, precision = spacing, 1.0, np.eye(len(centers))
     kernel, weights = multiquadric(distances, epsilon), np.zeros_like(levels)
     for _ in range(2):  # the second time refines what rounding left of the residuals
-        weights -= precision @ residuals
-        weights -= terms @ (terms.T @ weights)
+        weights = across(weights - precision @ residuals, terms)
         trend_levels = levels - (kernel @ weights - smooth * weights)
-        residuals = (trend_levels - terms @ (terms.T @ trend_levels)) * rough
+        residuals = across(trend_levels, terms) * rough
     middle, slope = centers.mean(axis=0), np.zeros((2, levels.shape[1]))
     if trend == 'plane':
         slope = np.linalg.pinv(centers - middle, rcond=0.01) @ trend_levels
@@ -680,14 +638,14 @@ def left_out_errors(weights, precision, leader):
 
 
 def leave_out(choice, out):
-    """Return a Choice without some points, (n_points,) bool: the same trend, shape and smoothness, fitted to the rest.
+    """Return a Choice without some points, (n_points,) bool: trend, shape and smoothness stay.
 
     By Schur's complement, which costs less than to solve the equations anew.
     """
-    across = choice.precision[np.ix_(~out, out)]
-    share = across @ np.linalg.pinv(choice.precision[np.ix_(out, out)], hermitian=True)
+    corner = choice.precision[np.ix_(~out, out)]
+    share = corner @ np.linalg.pinv(choice.precision[np.ix_(out, out)], hermitian=True)
     weights, leader = choice.weights[~out] - share @ choice.weights[out], choice.leader[~out]
-    precision = choice.precision[np.ix_(~out, ~out)] - share @ across.T
+    precision = choice.precision[np.ix_(~out, ~out)] - share @ corner.T
     errors, standardized = left_out_errors(weights, precision, leader)
     return choice._replace(plane=None, weights=weights, precision=precision, leader=leader, errors=errors,
                            standardized=standardized)
@@ -734,23 +692,22 @@ class BackgroundModel:
         return BackgroundModel(centers, self.weights, self.epsilon / factor, plane, self.choice)
 
     def blocks(self, start, stop, width):
-        """Evaluate rows start to stop - 1: yield rows (counted from start) and columns of blocks as slices, and
-        their values.
+        """Yield parts of rows start to stop - 1: slices of rows, counted from start, and of columns, and the values.
 
         The surface is evaluated at Chebyshev nodes (see `chebyshev_panels`) and expanded to pixels by two
         matrix products, first along x, then along y. Memory: 8 bytes x n_channels x width x (nodes along
         y), and one block, 1 MB unless a single column of the rows is more.
         """
         for top, y_matrix, along_x in self._panels(start, stop, width):
-            step = max(1, BLOCK // (len(y_matrix) * self.n_channels))
+            n_rows = len(y_matrix)
+            step = max(1, BLOCK // (n_rows * self.n_channels))
             for left in range(0, width, step):
                 columns = slice(left, min(left + step, width))
                 background = y_matrix @ along_x[:, columns].reshape(len(along_x), -1)
-                yield (slice(top, top + len(y_matrix)), columns,
-                       background.reshape(len(y_matrix), -1, self.n_channels))
+                yield slice(top, top + n_rows), columns, background.reshape(n_rows, -1, self.n_channels)
 
     def lower_bound(self, start, stop, width):
-        """Return (n_channels,) values that no pixel of rows start to stop - 1 is below, for a tenth of `blocks`' work.
+        """Return (n_channels,) values that no pixel of rows is below, for a tenth of the work of `blocks`.
 
         Weights of sum 1 and absolute sum L take values between a and b to no less than
         (a + b) / 2 - L (b - a) / 2.
@@ -769,7 +726,7 @@ class BackgroundModel:
         return background
 
     def _panels(self, start, stop, width):
-        """Yield the top of each panel of rows, its matrix, and the (n_nodes, width, n_channels) values at its nodes."""
+        """Yield the top of each panel of rows, its matrix, and (n_nodes, width, n_channels) values at its nodes."""
         x_nodes, x_matrix = chebyshev_panels(width, self.epsilon)
         y_nodes, y_matrix = chebyshev_panels(stop - start, self.epsilon)
         for top, nodes in zip(range(0, stop - start, len(y_matrix)), start + y_nodes):
@@ -836,39 +793,30 @@ def fit_background(points: Points, levels: np.ndarray, smooth: float | str = 'au
     levels : (n_points, n_channels) float64 ndarray
         In data units.
     smooth : 'auto' or float
-        A number: the classic model, a multiquadric of the levels with scipy's default shape and this
-        smoothness, no trend. 'auto': the adaptive model, see `choose_model`.
-
-    Returns
-    -------
-    BackgroundModel
+        'auto': the adaptive model, see `choose_model`. A number: the classic model, a multiquadric of the
+        levels with scipy's default shape and this smoothness, no trend.
 
     Raises
     ------
     RmgradientError
         If the smoothness is no number from 0 on, or makes the equations singular.
     """
-    if smooth != 'auto':
-        if not (isinstance(smooth, numbers.Real) and 0 <= smooth < math.inf):
-            raise RmgradientError(f"smoothness {smooth!r} is neither a number from 0 on nor 'auto'")
-        return _fit_classic(points.centers, levels, smooth)
-    choice = choose_model(points.centers, levels, points.leader)
-    return BackgroundModel(points.centers, choice.weights, choice.epsilon, choice.plane, choice)
-
-
-def _fit_classic(centers, levels, smooth):
-    """Return the classic BackgroundModel."""
+    if smooth == 'auto':
+        choice = choose_model(points.centers, levels, points.leader)
+        return BackgroundModel(points.centers, choice.weights, choice.epsilon, choice.plane, choice)
+    if not (isinstance(smooth, numbers.Real) and 0 <= smooth < math.inf):
+        raise RmgradientError(f"smoothness {smooth!r} is neither a number from 0 on nor 'auto'")
     from scipy.interpolate import Rbf  # takes longer to load than most pictures to correct
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # "ill-conditioned": judged below by what matters
         try:
-            rbf = Rbf(*centers.T, levels, function='multiquadric', mode='N-D', smooth=smooth)
+            rbf = Rbf(*points.centers.T, levels, function='multiquadric', mode='N-D', smooth=smooth)
             off = np.abs(rbf.A @ rbf.nodes - levels).max()
         except np.linalg.LinAlgError:
             off = math.inf
     if not off <= 1e-6 * np.abs(levels).max():
         raise RmgradientError(f'smoothness {smooth} makes the equations of these points singular; choose another')
-    return BackgroundModel(centers, rbf.nodes, rbf.epsilon, np.zeros((3, levels.shape[1])))
+    return BackgroundModel(points.centers, rbf.nodes, rbf.epsilon, np.zeros((3, levels.shape[1])))
 
 
 # ---- Misfits --------------------------------------------------------------------------------------------------------
@@ -895,8 +843,8 @@ def find_misfits(points: Points, levels: np.ndarray, noise: np.ndarray, choice: 
 
     Notes
     -----
-    A bad point spoils the prediction of its neighbors and the choice of the model. So when the worst are found, the
-    model is chosen anew without them, and the others are judged by that, until none stands out.
+    A bad point spoils the prediction of its neighbors and the choice of the model. So when the worst are found,
+    the model is chosen anew without them, and the others are judged by that, until none stands out.
     """
     rest, misfits = np.arange(len(levels)), []
     while found := _find_worst(choice, points.centers[rest], noise[rest]):
@@ -940,8 +888,7 @@ def _find_worst(choice, centers, noise):
 def significance(errors, standardized, usual, least):
     """Return how many times the usual of its channel each standardized error is, 0 for errors up to the least.
 
-    Errors and standardized ones as in `left_out_errors`, (n_points, n_channels); usual and least,
-    (n_channels,).
+    Errors and standardized ones as in `left_out_errors`; usual and least, (n_channels,).
     """
     return np.where(np.abs(errors) > least, standardized / usual, 0)
 
@@ -956,7 +903,7 @@ def robust_std(errors):
 
     1.4826 times the median of the absolute values, which is the standard deviation if they are normal.
     """
-    return 1.4826 * np.median(np.abs(errors), axis=0) + np.finfo(float).tiny
+    return 1.4826 * np.median(np.abs(errors), axis=0) + TINY
 
 
 # ---- Reference ------------------------------------------------------------------------------------------------------
@@ -989,10 +936,6 @@ def fit_beside_reference(points: Points, levels: np.ndarray, reference: np.ndarr
     reference : (n_points, n_channels) or (n_points, 1) ndarray
         Levels of the reference at the same points, in its own units; a gray one serves all channels.
 
-    Returns
-    -------
-    Beside
-
     Raises
     ------
     RmgradientError
@@ -1001,16 +944,16 @@ def fit_beside_reference(points: Points, levels: np.ndarray, reference: np.ndarr
     Notes
     -----
     The picture is scale x reference + background: kriging with external drift (Chiles and Delfiner 2012,
-    Geostatistics, section 5.6). Given shape and smoothness, generalized least squares gives the scale, and ordinary
-    kriging of the rest the background, which are the same equations as with one more term of the trend; both take turns
-    until the scale stays. Points that fit badly, such as satellites and moved objects, are left out, and all is done
-    anew.
+    Geostatistics, section 5.6). Given shape and smoothness, generalized least squares gives the scale, and
+    ordinary kriging of the rest the background, which are the same equations as with one more term of the
+    trend; both take turns until the scale stays. Points that fit badly, such as satellites and moved
+    objects, are left out, and all is done anew.
     """
     light = np.broadcast_to(reference - np.median(reference, axis=0), levels.shape)
     kept = np.ones(len(levels), bool)
     for n_left in reversed(range(5)):
         some = points.subset(kept)
-        model, scale, error, unexplained, correlation = _fit_scale(some, levels[kept], light[kept])
+        model, scale, error, correlation = _fit_scale(some, levels[kept], light[kept])
         if correlation.max() < LEAST_CORRELATION:
             raise RmgradientError(f'details correlate with those of the picture by {in_words(correlation)} only; '
                                   'is it registered, and does it show the same field?')
@@ -1019,28 +962,36 @@ def fit_beside_reference(points: Points, levels: np.ndarray, reference: np.ndarr
         if not n_left or not misfits.any() or kept.sum() - misfits.sum() < LEAST_PLACES:
             break
         kept[kept] = ~misfits
+    unexplained = np.sqrt((model.choice.errors**2).mean(axis=0))
     return Beside(model, (levels - scale * light)[kept], kept, scale, error, unexplained)
 
 
 def _fit_scale(points, levels, light):
-    """Return model, scale, its standard error, what is left, and the correlation of details, of each channel."""
+    """Return the model, and of each channel the scale, its standard error, and the correlation of details."""
     scale = np.zeros(levels.shape[1])
     for _ in range(10):
         model = fit_background(points, levels - scale * light)
         terms = trend_terms(points.centers, points.centers, model.choice.trend)
-        across = [values - terms @ (terms.T @ values) for values in (light, levels)]
-        weighted = model.choice.precision @ across[0]
-        own, shared = ((weighted * values).sum(axis=0) for values in across)
-        total = (across[1] * (model.choice.precision @ across[1])).sum(axis=0)
-        before, scale = scale, shared / np.maximum(own, np.finfo(float).tiny)
+        detail, ours = across(light, terms), across(levels, terms)
+        weighted = model.choice.precision @ detail
+        own, shared = (weighted * detail).sum(axis=0), (weighted * ours).sum(axis=0)
+        before, scale = scale, shared / np.maximum(own, TINY)
         if np.abs(scale - before).max() <= 1e-6 * np.abs(scale).max():
             break
-    left = np.maximum(total - scale * shared, 0) / max(1, len(levels) - terms.shape[1] - 1)
-    tiny = np.finfo(float).tiny
-    error = np.sqrt(left / np.maximum(own, tiny))
-    unexplained = np.sqrt((model.choice.errors**2).mean(axis=0))
-    correlation = shared / np.sqrt(np.maximum(own * total, tiny))
-    return model, scale, error, unexplained, correlation
+    total = (ours * (model.choice.precision @ ours)).sum(axis=0)
+    rest = np.maximum(total - scale * shared, 0) / max(1, len(levels) - terms.shape[1] - 1)
+    correlation = shared / np.sqrt(np.maximum(own * total, TINY))
+    return model, scale, np.sqrt(rest / np.maximum(own, TINY)), correlation
+
+
+def check_reference(shape, reference_shape):
+    """Raise RmgradientError unless a reference of some shape suits a picture, both (height, width, n_channels)."""
+    height, width, n_channels = reference_shape
+    if (height, width) != shape[:2]:
+        raise RmgradientError(f'is {width} x {height} pixels and the picture {shape[1]} x {shape[0]}; '
+                              'register it to the picture')
+    if n_channels not in (1, shape[2]):
+        raise RmgradientError(f'has {n_channels} channels and the picture {shape[2]}; give a gray one or the same')
 
 
 # ---- Automatic points -----------------------------------------------------------------------------------------------
@@ -1049,7 +1000,7 @@ FIRST_STEPS, MOST_STARTS = 3, 10  # of concentration: then only the most promisi
 MOST_CELLS = 30  # along the longer side: more take minutes
 DEGREES = range(1, 9)  # of the polynomials; a higher one would follow nebulae
 AGREES = 1.3  # times the 99 % quantile of chi-squared: a place within is on the surface
-DROPPED = 5.0  # cost of a place off the surface: with 8, broad surfaces that swallow nebulae win; with 3, it collapses
+DROPPED = 5.0  # cost of a place off the surface: with 8, broad surfaces swallow nebulae; with 3, it collapses
 BELOW = 4.0  # deviations: a place so far below the surface costs more, since little is darker than the sky
 LEAST_VARIANCE = 0.25  # of the levels about the surface, in units of their noise: nothing is gained below
 NEIGHBORS = 1.7  # cells: places no farther are neighbors, also across a corner
@@ -1057,7 +1008,7 @@ RIM = 0.4  # a place with a larger part of its neighbors off the surface is on t
 CORNER = 6  # places: a smaller group in a corner is a glow that ends there
 GROUP = 3  # neighbors off the surface are a nebula or the end of a glow; fewer are stars
 MOST_END, ROUGH = 0.2, 6.0  # part of all places, and typical errors: a larger or rougher group is no end of a glow
-STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to be left out, to come back, and beside what is left out
+STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to be left out, to come back, and beside a nebula
 LEAST_GIVEN = 5  # certain points that others can grow from: of fewer, none is predicted by the others
 AS_PREDICTED, ROUNDS = 2.0, 30  # typical errors within which a place joins, and how often all are judged at most
 MOST_SCATTER, LEAST_SKY = 4.0, 0.6  # noises, and part of the places: beyond, they are said not to agree
@@ -1072,85 +1023,6 @@ class Chosen(NamedTuple):
     points: Points
     n_places: int
     agree: bool
-
-
-def join_quiet_places(image, n, sigma, given, starmap=itertools.starmap):
-    """Return given points, if any, and the quiet places that are not as good as one of them, as Points."""
-    places = find_quiet_places(image, n, sigma, starmap)
-    if given is None:
-        given = Points(*np.zeros((3, 0), int))
-    elif len(places):
-        places = places[distances_between(places.astype(float), given.centers).min(axis=1) > 2 * sigma]
-    n_given = len(given.x)
-    if n_given + len(places) < LEAST_PLACES:
-        raise RmgradientError(f'too few places of empty sky, {len(places)}; choose more, use a smaller sigma, or give '
-                              'points')
-    sources = given.sources and (*given.sources, *[''] * len(places))
-    return Points(*np.hstack([given[:3], [*places.T, n_given + np.arange(len(places))]]), sources)
-
-
-@np.errstate(over='ignore')  # as in `significance`
-def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIGMA, given: Points | None = None,
-                  starmap: Callable = itertools.starmap) -> Chosen:
-    """Choose points of empty sky.
-
-    Parameters
-    ----------
-    image : (height, width, n_channels) or (height, width) ndarray, or a Picture
-        Read once, in strips, beside the windows of the points.
-    n : int
-        Cells along the longer side of a grid; each offers a point.
-    sigma : float
-        Blur at the points, in pixels: what they are chosen for.
-    given : Points, optional
-        Certain points: all are kept, and the surface that tells sky from nebula has to go through them.
-    starmap : callable
-        Like `itertools.starmap`, but it may work on several strips at once, see `threads`; the order stays.
-
-    Returns
-    -------
-    Chosen
-        The given points come first.
-
-    Raises
-    ------
-    RmgradientError
-        If there are too few places without structure.
-
-    Notes
-    -----
-    Each cell offers its quietest place. A glow is smooth to the noise and a nebula is not: sky is the largest set of
-    places that agree on one smooth surface (`find_consensus`). The rims of what is left out go, too, and small corners
-    come back. Where the places do not agree, or not with the certain points, sky grows from these instead, if there are
-    enough. Then the adaptive model leaves out what stands out above it, and takes in the peaks of glows.
-    """
-    if not 3 <= n <= MOST_CELLS:
-        raise RmgradientError(f'a grid of {n} cells along the longer side is not from 3 to {MOST_CELLS}')
-    image = with_channels(image)
-    height, width, _ = image.shape
-    points = join_quiet_places(image, n, sigma, given, starmap)
-    n_given = 0 if given is None else len(given.x)
-    levels, noise = measure_levels(image, points, sigma)
-    noise = with_rounding(np.median(noise, axis=0), image, points, sigma)
-    rounding = 1e-9 * np.abs(levels).max(axis=0) + np.finfo(float).tiny
-    varies = np.ptp(levels, axis=0) > rounding  # a constant channel tells nothing
-    varies |= not varies.any()
-    certain = np.arange(len(points.x)) < n_given
-    noise = np.maximum(noise, rounding)[varies]
-    cell = max(height, width) / n
-    sites = Sites(points, levels[:, varies], noise, certain, np.array([width, height]), cell)
-    with one_blas_thread():
-        sky, scatter = find_consensus(sites)
-        agree = scatter < MOST_SCATTER and sky.mean() > LEAST_SKY and sky[certain].all()
-        if agree or not given or (~given.on_isoline).sum() < LEAST_GIVEN:
-            sky |= ends_of_glows(sky, sites)
-            sky = (sky & ~rims(sky, sites)) | certain
-        else:
-            sky = grow_from_certain(sites)
-            agree = (robust_std(fit_sites(sky, sites).errors) < MOST_SCATTER * sites.noise).all()
-        sky, choice = follow_model(sky, sites)
-        sky = leave_faint_ends(sky, sites, choice)
-    return Chosen(points.subset(sky), len(sky) - n_given, agree)
 
 
 class Sites(NamedTuple):
@@ -1174,17 +1046,100 @@ class Sites(NamedTuple):
         return distances < NEIGHBORS * self.cell
 
 
+@np.errstate(over='ignore')  # as in `significance`
+def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIGMA, given: Points | None = None,
+                  starmap: Callable = itertools.starmap) -> Chosen:
+    """Choose points of empty sky.
+
+    Parameters
+    ----------
+    image : (height, width, n_channels) or (height, width) ndarray, or a Picture
+        Read once, in strips, beside the windows of the points.
+    n : int
+        Cells along the longer side of a grid; each offers a point.
+    sigma : float
+        Blur at the points, in pixels: what they are chosen for.
+    given : Points, optional
+        Certain points: all are kept, first, and the surface that tells sky from nebula has to go through them.
+    starmap : callable
+        Like `itertools.starmap`, but it may work on several strips at once, see `threads`; the order stays.
+
+    Raises
+    ------
+    RmgradientError
+        If there are too few places without structure.
+
+    Notes
+    -----
+    Each cell offers its quietest place. A glow is smooth to the noise and a nebula is not: sky is the largest set
+    of places that agree on one smooth surface (`find_consensus`). The rims of what is left out go, too, and small
+    corners come back. Where the places do not agree, or not with the certain points, sky grows from these instead,
+    if there are enough. Then the adaptive model leaves out what stands out above it, and takes in the peaks of
+    glows.
+    """
+    if not 3 <= n <= MOST_CELLS:
+        raise RmgradientError(f'a grid of {n} cells along the longer side is not from 3 to {MOST_CELLS}')
+    image = with_channels(image)
+    height, width, _ = image.shape
+    points = join_quiet_places(image, n, sigma, given, starmap)
+    n_given = 0 if given is None else len(given.x)
+    levels, noise = measure_levels(image, points, sigma)
+    noise = with_rounding(np.median(noise, axis=0), image, points, sigma)
+    rounding = 1e-9 * np.abs(levels).max(axis=0) + TINY
+    varies = np.ptp(levels, axis=0) > rounding  # a constant channel tells nothing
+    varies |= not varies.any()
+    sites = Sites(points, levels[:, varies], np.maximum(noise, rounding)[varies], np.arange(len(levels)) < n_given,
+                  np.array([width, height]), max(height, width) / n)
+    with one_blas_thread():
+        sky, scatter = find_consensus(sites)
+        agree = scatter < MOST_SCATTER and sky.mean() > LEAST_SKY and sky[sites.certain].all()
+        if agree or not given or (~given.on_isoline).sum() < LEAST_GIVEN:
+            sky |= ends_of_glows(sky, sites)
+            sky = (sky & ~rims(sky, sites)) | sites.certain
+        else:
+            sky = grow_from_certain(sites)
+            agree = (robust_std(fit_sites(sky, sites).errors) < MOST_SCATTER * sites.noise).all()
+        sky = leave_faint_ends(*follow_model(sky, sites), sites)
+    return Chosen(points.subset(sky), len(sky) - n_given, agree)
+
+
+def join_quiet_places(image, n, sigma, given, starmap=itertools.starmap):
+    """Return given points, if any, and the quiet places that are not as good as one of them, as Points."""
+    places = find_quiet_places(image, n, sigma, starmap)
+    if given is None:
+        given = Points(*np.zeros((3, 0), int))
+    elif len(places):
+        places = places[distances_between(places.astype(float), given.centers).min(axis=1) > 2 * sigma]
+    n_given = len(given.x)
+    if n_given + len(places) < LEAST_PLACES:
+        raise RmgradientError(f'too few places of empty sky, {len(places)}; choose more, use a smaller sigma, or '
+                              'give points')
+    sources = given.sources and (*given.sources, *[''] * len(places))
+    return Points(*np.hstack([given[:3], [*places.T, n_given + np.arange(len(places))]]), sources)
+
+
+def places_beside_reference(image, reference, n, sigma, given=None, starmap=itertools.starmap):
+    """Return given points, if any, and all quiet places where the reference has data, too, as Points."""
+    points = join_quiet_places(image, n, sigma, given, starmap)
+    has_data = np.arange(len(points.x)) < (0 if given is None else len(given.x))
+    for i in np.flatnonzero(~has_data):
+        with contextlib.suppress(RmgradientError):
+            measure_levels(reference, unchecked_points(points.pairs[[i]]), sigma)
+            has_data[i] = True
+    if has_data.sum() < LEAST_PLACES:
+        raise RmgradientError(f'the reference has data at {has_data.sum()} of {len(points.x)} quiet places only')
+    return points.subset(has_data)
+
+
 def with_rounding(noise, image, points, sigma):
-    """Return the (n_channels,) noise of levels, or the error of rounding where the noise of pixels can not hide it.
+    """Return the (n_channels,) noise of levels, or the error of rounding where noise of the pixels can't hide it.
 
     The step is the smallest difference between pixels side by side, so that it scales with the picture.
     """
     radius, pixel_noise = math.ceil(3 * sigma), noise * 2 * math.sqrt(math.pi) * sigma
-    rows = [image[y:y + 1, x - radius:x + radius + 1][0].astype(float)
-            for x, y, on_isoline in zip(points.x, points.y, points.on_isoline) if not on_isoline]
-    differences = [np.abs(np.diff(row, axis=0)) for row in rows]
-    differences = np.vstack([*differences, np.zeros((1, len(noise)))])
-    step = np.where(differences > 0, differences, np.inf).min(axis=0)
+    differences = np.abs(np.vstack([np.diff(image[y:y + 1, x - radius:x + radius + 1][0].astype(float), axis=0)
+                                    for x, y in points.subset(~points.on_isoline).centers.astype(int)]))
+    step = differences.min(axis=0, where=differences > 0, initial=np.inf)
     step[np.isinf(step)] = 0
     return np.where(pixel_noise < step / 2, step / math.sqrt(12), noise)
 
@@ -1205,30 +1160,25 @@ def find_consensus(sites):
     criterion's price of its terms. Certain points weigh as much as half of the places together, and cost
     ten times as much off the surface.
     """
-    n_places, certain, places = len(sites.levels), sites.certain, 2 * sites.points.centers / sites.size - 1
-    levels = sites.levels / sites.noise
+    n_places, certain = len(sites.levels), sites.certain
+    places, levels = 2 * sites.points.centers / sites.size - 1, sites.levels / sites.noise
     weights = np.where(certain, max(1, n_places / 2 / max(1, certain.sum())), 1.0)
     costs = np.where(certain, 10 * DROPPED, DROPPED)
     starts = [np.ones(n_places)]
-    for x in np.linspace(-1, 1, 6):
-        for y in np.linspace(-1, 1, 5):
-            distance = np.hypot(*((places - [x, y]) * sites.size).T)
-            starts += [(distance > np.quantile(distance, part)).astype(float) for part in (0.25, 0.5)]
-    starts = np.array(starts)
+    for center in itertools.product(np.linspace(-1, 1, 6), np.linspace(-1, 1, 5)):
+        distance = np.hypot(*((places - center) * sites.size).T)
+        starts += [(distance > np.quantile(distance, part)).astype(float) for part in (0.25, 0.5)]
 
     def best_of(degree):
-        return concentrate(Surfaces(legendre_terms(places, degree), levels, weights), starts, costs)
+        return concentrate(Surfaces(legendre_terms(places, degree), levels, weights), np.array(starts), costs)
 
     degrees = [d for d in DEGREES if n_places >= (1 if d < 3 else 1.5) * (d + 1) * (d + 2)]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        with can_start_threads():
-            found = pool.map(best_of, degrees)
-        _, sky, scatter = max(found, key=lambda each: each[0], default=(0, np.ones(n_places, bool), 1.0))
-    return sky, scatter
+    found = in_two_threads(best_of, degrees)
+    return max(found, key=lambda each: each[0], default=(0, np.ones(n_places, bool), 1.0))[1:]
 
 
 def concentrate(surfaces, sky, costs):
-    """Return the score of the best set that sets of places, (n_sets, n_places), lead to, the set, and its scatter."""
+    """Return score, set and scatter of the best set that sets of places, (n_sets, n_places), lead to."""
     n_places, n_channels = surfaces.levels.shape
     limit = AGREES * chi_squared_quantile(n_channels)
     least = int(min(max(n_places / 2, 1.5 * surfaces.n_terms + n_channels), n_places))
@@ -1268,8 +1218,7 @@ class Surfaces:
         self._known = (weighted[:, :, None] * levels[:, None]).reshape(n_places, -1)
 
     def fit(self, sets):
-        """Return of (n_sets, n_places) sets, ones and zeros, all residuals, their covariances, and all squared
-        distances.
+        """Return residuals, their covariances, and squared distances for (n_sets, n_places) ones and zeros.
 
         Shapes (n_sets, n_places, n_channels), (n_sets, n_channels, n_channels) and (n_sets, n_places).
         """
@@ -1283,7 +1232,8 @@ class Surfaces:
         n_free = np.maximum(n_kept - n_terms, 0.2 * n_kept)
         kept = residuals * (sets / n_free[:, None])[..., None]
         covariance = kept.transpose(0, 2, 1) @ residuals
-        least = LEAST_VARIANCE + 1e-12 * np.trace(covariance, axis1=1, axis2=2)  # the same in all channels, if huge
+        # The same in all channels, if huge.
+        least = LEAST_VARIANCE + 1e-12 * np.trace(covariance, axis1=1, axis2=2)
         covariance += least[:, None, None] * np.eye(n_channels)
         return residuals, covariance, ((residuals @ np.linalg.inv(covariance)) * residuals).sum(axis=2)
 
@@ -1316,14 +1266,14 @@ def grow_from_certain(sites):
     sky, least = sites.certain, MISFIT * sites.noise
     for _ in range(ROUNDS):
         choice = fit_sites(sky, sites)
-        usual, off, deviation = robust_std(choice.standardized), np.zeros(len(sky)), np.zeros(len(sky))
+        off, deviation = np.zeros((2, len(sky)))
         off[sky] = np.abs(significance_left_out(choice, least)).max(axis=1)
+        near = sky.copy()
         if not sky.all():
             errors, deviation[~sky] = predict_others(choice, sites.points.centers, sites.levels, sky)
-            standardized = errors / deviation[~sky, None]
-            off[~sky] = np.abs(significance(errors, standardized, usual, least)).max(axis=1)
-            near = deviation <= np.quantile(deviation[~sky], 0.3)
-        before, sky = sky, sites.certain | (off < AS_PREDICTED) & (sky | near)
+            off[~sky] = np.abs(significance_predicted(choice, errors, deviation[~sky], least)).max(axis=1)
+            near |= deviation <= np.quantile(deviation[~sky], 0.3)
+        before, sky = sky, sites.certain | (off < AS_PREDICTED) & near
         if (sky == before).all():
             break
     return sky
@@ -1365,47 +1315,40 @@ def ends_of_glows(sky, sites):
 def follow_model(sky, sites):
     """Leave out what stands out above the adaptive model through the others, and take in the peaks of glows.
 
-    Returns sky and the Choice of the model through it. A glow's peak at the border is more than a
-    polynomial follows: bright places there, where the model predicts them to be brighter than nine in ten
-    of the accepted ones, come back, once.
+    A glow's peak at the border is more than a polynomial follows: bright places there, where the model
+    predicts them to be brighter than nine in ten of the accepted ones, come back, once. Returns sky, the
+    Choice of the model through it, and the errors of the others, (n_others, n_channels).
     """
     at_border = sites.from_border().min(axis=1) < 2 * sites.cell
-    brightness = (sites.levels / sites.noise).sum(axis=1)
-    tried = np.zeros(len(sky), bool)
+    brightness, tried = (sites.levels / sites.noise).sum(axis=1), np.zeros(len(sky), bool)
     while True:
         choice = fit_sites(sky, sites)
         out = places_above(choice, sky, sites, STANDS_OUT, MISFIT * sites.noise)
         if out.any():
             sky = sky & ~out
             continue
-        if sky.all():
-            return sky, choice
         errors, deviation = predict_others(choice, sites.points.centers, sites.levels, sky)
-        usual = robust_std(choice.standardized)
-        off = significance(errors, errors / deviation[:, None], usual, MISFIT * sites.noise)
+        off = significance_predicted(choice, errors, deviation, MISFIT * sites.noise)
         predicted = brightness[~sky] - (errors / sites.noise).sum(axis=1)
         joins = np.zeros(len(sky), bool)
         joins[~sky] = (np.abs(off).max(axis=1) < JOINS) & (predicted > np.quantile(brightness[sky], 0.9))
         joins &= at_border & ~tried
         if not joins.any():
-            return sky, choice
+            return sky, choice, errors
         sky, tried = sky | joins, tried | joins
 
 
-def leave_faint_ends(sky, sites, choice):
-    """Leave out faint ends of nebulae: inside of the frame, beside a group that shines, little excess is enough.
+def leave_faint_ends(sky, choice, errors, sites):
+    """Leave out faint ends of nebulae: inside the frame, beside a group that shines, little excess is enough.
 
-    Choice: of the model through the sky.
+    Sky, choice and errors as `follow_model` returns them.
     """
-    if sky.all():
-        return sky
     nebulae = np.zeros(len(sky), bool)
     for group in groups_off(sky, sites):
-        if group.sum() >= GROUP:
-            nebulae |= group
-    errors, _ = predict_others(choice, sites.points.centers, sites.levels, sky)
+        nebulae |= group & (group.sum() >= GROUP)
     nebulae[~sky] &= (errors / sites.noise).sum(axis=1) > 0
-    away = distances_between(sites.points.centers, sites.points.centers[nebulae]).min(axis=1, initial=np.inf)
+    centers = sites.points.centers
+    away = distances_between(centers, centers[nebulae]).min(axis=1, initial=np.inf)
     beside = (away < 2.5 * sites.cell) & (sites.from_border().min(axis=1) > sites.cell)
     while (out := places_above(choice, sky, sites, FAINT, sites.noise, beside)).any():
         sky = sky & ~out
@@ -1427,8 +1370,31 @@ def places_above(choice, sky, sites, limit, least, where=True):
     """
     excess = np.zeros(len(sky))
     excess[sky] = significance_left_out(choice, least).max(axis=1)
-    excess[sites.certain | ~np.broadcast_to(where, sky.shape)] = 0
+    excess[sites.certain | np.logical_not(where)] = 0
     return excess > max(limit, 0.6 * excess.max())
+
+
+def predict_others(choice, centers, levels, accepted):
+    """Return level minus prediction of the points that are not accepted, and its deviation, (n_points,).
+
+    The equations of `choose_model` give the prediction, and its variance as in kriging. The quotient of
+    both is a standardized error, as in `left_out_errors`.
+    """
+    inside, n_inside = centers[accepted], accepted.sum()
+    terms = trend_terms(centers, inside, choice.trend)
+    at = np.hstack([multiquadric(distances_between(centers, inside), choice.epsilon), terms])
+    n_terms = terms.shape[1]
+    equations = np.vstack([at[accepted], np.hstack([terms[accepted].T, np.zeros((n_terms, n_terms))])])
+    equations[range(n_inside), range(n_inside)] -= choice.smooth
+    shares = np.linalg.solve(equations, at[~accepted].T)
+    errors = levels[~accepted] - shares[:n_inside].T @ levels[accepted]
+    variance = choice.smooth - 1 + np.einsum('ij,ji->i', at[~accepted], shares)
+    return errors, np.sqrt(np.maximum(variance, 1e-12))
+
+
+def significance_predicted(choice, errors, deviation, least):
+    """Return the `significance` of the errors of others, as `predict_others` returns them."""
+    return significance(errors, errors / deviation[:, None], robust_std(choice.standardized), least)
 
 
 def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
@@ -1480,8 +1446,7 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
         return np.empty((0, 2), int)
     typical = np.median(variance[good], axis=0)
     good &= (variance >= 0.04 * typical).all(axis=2)  # a fifth of the usual scatter: filled in, not measured
-    structure = (variance / np.maximum(typical, np.finfo(float).tiny)).sum(axis=2)
-    structure = np.where(good, structure, np.inf).ravel()
+    structure = np.where(good, (variance / np.maximum(typical, TINY)).sum(axis=2), np.inf).ravel()
     cell = max(height, width) / n
     cells_across, cells_down = max(1, round(width / cell)), max(1, round(height / cell))
     cells = (y * cells_down // height * cells_across + x * cells_across // width).ravel()
@@ -1491,59 +1456,14 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
     return np.stack([x.ravel()[first], y.ravel()[first]], axis=1)
 
 
-def equations(kernel, smooth, terms):
-    """Return the matrix of the equations of `choose_model`, with one smoothness or one for each point."""
-    n_terms = terms.shape[1]
-    return np.block([[kernel - smooth * np.eye(len(kernel)), terms], [terms.T, np.zeros((n_terms, n_terms))]])
-
-
-def predict_others(choice, centers, levels, accepted):
-    """Return level minus prediction of the points that are not accepted, and its deviation, (n_points,).
-
-    The equations of `choose_model` give the prediction, and its variance as in kriging. The quotient of
-    both is a standardized error, as in `left_out_errors`.
-    """
-    inside = centers[accepted]
-    kernel = multiquadric(distances_between(centers, inside), choice.epsilon)
-    terms = trend_terms(centers, inside, choice.trend)
-    at = np.hstack([kernel, terms])[~accepted]
-    shares = np.linalg.solve(equations(kernel[accepted], choice.smooth, terms[accepted]), at.T)
-    errors = levels[~accepted] - shares[:len(inside)].T @ levels[accepted]
-    variance = choice.smooth - 1 + np.einsum('ij,ji->i', at, shares)
-    return errors, np.sqrt(np.maximum(variance, 1e-12))
-
-
-def places_beside_reference(image, reference, n, sigma, given=None, starmap=itertools.starmap):
-    """Return given points, if any, and all quiet places of a picture where the reference has data, too, as Points."""
-    points = join_quiet_places(image, n, sigma, given, starmap)
-    has_data = np.arange(len(points.x)) < (0 if given is None else len(given.x))
-    for i in np.flatnonzero(~has_data):
-        with contextlib.suppress(RmgradientError):
-            measure_levels(reference, Points(points.x[i:i + 1], points.y[i:i + 1], np.zeros(1, int)), sigma)
-            has_data[i] = True
-    if has_data.sum() < LEAST_PLACES:
-        raise RmgradientError(f'the reference has data at {has_data.sum()} of {len(points.x)} quiet places only')
-    return points.subset(has_data)
-
-
-def check_reference(shape, reference_shape):
-    """Raise RmgradientError unless a reference of some shape suits a picture, both (height, width, n_channels)."""
-    height, width, n_channels = reference_shape
-    if (height, width) != shape[:2]:
-        raise RmgradientError(f'is {width} x {height} pixels and the picture {shape[1]} x {shape[0]}; '
-                              'register it to the picture')
-    if n_channels not in (1, shape[2]):
-        raise RmgradientError(f'has {n_channels} channels and the picture {shape[2]}; give a gray one or the same')
-
-
 # ---- Sky level ------------------------------------------------------------------------------------------------------
 
 SKIES = 'gray', 'color', 'darkest'
 
 
-def find_sky(sky: str | float | None, method: str, levels: np.ndarray, model: BackgroundModel, height: int, width: int,
-             rows: int = ROWS, starmap: Callable = itertools.starmap) -> np.ndarray:
-    """Return the level that the sky gets.
+def find_sky(sky: str | float | None, method: str, levels: np.ndarray, model: BackgroundModel, height: int,
+             width: int, rows: int = ROWS, starmap: Callable = itertools.starmap) -> np.ndarray:
+    """Return the level that the sky gets, (n_channels,) in data units.
 
     Parameters
     ----------
@@ -1552,8 +1472,8 @@ def find_sky(sky: str | float | None, method: str, levels: np.ndarray, model: Ba
         - 'color': the median level of each channel, so that the sky keeps its average color;
         - 'darkest': the lowest background of each channel in the frame, which takes a pass over the model;
         - a number: this;
-        - None: 'darkest' for the classic model, or else 'color' to divide, since gray would change the colors of
-          stars, or else 'gray'.
+        - None: 'darkest' for the classic model, or else 'color' to divide, since gray would change the colors
+          of stars, or else 'gray'.
     method : str
         See `correct`.
     levels : (n_points, n_channels) ndarray
@@ -1562,15 +1482,10 @@ def find_sky(sky: str | float | None, method: str, levels: np.ndarray, model: Ba
     height, width : int
         Of the frame.
 
-    Returns
-    -------
-    (n_channels,) ndarray
-        In data units.
-
     Raises
     ------
     RmgradientError
-        If `sky` is nothing of these, or for a level of 0 or less to divide by.
+        If `sky` is nothing of these, or to divide, if the level or the background is 0 or less.
     """
     if sky is None:
         sky = 'darkest' if model.choice is None else 'color' if method == 'divide' else 'gray'
@@ -1638,9 +1553,12 @@ def check_divisor(model, height, width, rows=ROWS):
 
 # ---- Correction -----------------------------------------------------------------------------------------------------
 
+METHODS = 'subtract', 'stretch', 'divide'
+
+
 def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky: np.ndarray | None = None,
             dither: np.ndarray | None = None) -> np.ndarray:
-    """Remove the background from a strip of the picture.
+    """Return a strip of the picture without its background.
 
     Parameters
     ----------
@@ -1650,7 +1568,8 @@ def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky:
         gives.
     method : str
         - 'subtract': strip - shift;
-        - 'stretch': (strip - shift) * white / (white - shift): white, the largest integer or 1.0 for floats, stays;
+        - 'stretch': (strip - shift) * white / (white - shift), so that white, the largest integer or 1.0 for
+          floats, stays;
         - 'divide': strip * sky / background.
     sky : (n_channels,) ndarray, optional
         In data units, for 'divide'.
@@ -1689,13 +1608,10 @@ def to_dtype(values, dtype, dither=None):
         with np.errstate(over='ignore'):  # a huge value becomes infinite
             return values.astype(dtype)
     values = np.rint(values if dither is None else values + dither)
-    return np.clip(values, np.iinfo(dtype).min, _largest(dtype)).astype(dtype)
-
-
-def _largest(dtype):
-    """Return the largest float64 that fits in an integer dtype: 2^64 - 1 is none."""
-    largest = np.iinfo(dtype).max
-    return float(largest) if float(largest) <= largest else math.nextafter(float(largest), 0)
+    lowest, highest = np.iinfo(dtype).min, np.iinfo(dtype).max
+    if float(highest) > highest:  # 2^64 - 1 is no float64
+        highest = math.nextafter(float(highest), 0)
+    return np.clip(values, lowest, highest).astype(dtype)
 
 
 def _subtract_integers(strip, shift):
@@ -1711,14 +1627,19 @@ def _subtract_integers(strip, shift):
         return to_dtype(strip - shift, strip.dtype)
     shift = shift.astype(signed)
     # Counted from the lowest value of the dtype, all is unsigned. Limited first, the difference can't wrap.
-    origin = np.array(np.iinfo(strip.dtype).min, strip.dtype).view(unsigned)
-    result = strip.view(unsigned) ^ origin if strip.dtype != unsigned else strip
+    result = strip if strip.dtype == unsigned else turn_sign(strip, unsigned)
     if highest > 0:
         result = np.maximum(result, np.maximum(shift, 0).view(unsigned))
     if lowest < 0:
         result = np.minimum(result, ~np.maximum(-shift, 0).view(unsigned))  # ~x is the largest value less x
     result = result - shift.view(unsigned)
-    return (result ^ origin if strip.dtype != unsigned else result).view(strip.dtype)
+    return result if strip.dtype == unsigned else turn_sign(result, strip.dtype)
+
+
+def turn_sign(values, dtype):
+    """Return integers with the highest bit turned, in a dtype of the same size: offset by half their range."""
+    unsigned = values.view(f'u{dtype.itemsize}')
+    return (unsigned ^ unsigned.dtype.type(1 << 8 * dtype.itemsize - 1)).view(dtype)
 
 
 def newly_limited(before, after):
@@ -1736,14 +1657,14 @@ def count_unfit(values, dtype):
     """Return how many pixels have a channel that is beyond what an integer dtype holds; floats hold all."""
     if np.dtype(dtype).kind == 'f':
         return 0
-    lowest, highest = np.iinfo(dtype).min, np.iinfo(dtype).max
-    if lowest <= values.min() and values.max() <= highest:
+    limits = np.iinfo(dtype)
+    if limits.min <= values.min() and values.max() <= limits.max:
         return 0
-    return np.count_nonzero(((values < lowest) | (values > highest)).any(axis=2))
+    return np.count_nonzero(((values < limits.min) | (values > limits.max)).any(axis=2))
 
 
 def dither_noise(start, stop, width, n_channels, stream=0):
-    """Return (stop - start, width, n_channels) values uniform in -0.5 ... 0.5 that depend on nothing but their place.
+    """Return (stop - start, width, n_channels) values uniform in -0.5 ... 0.5 that depend on their place alone.
 
     Each row has its own part of the sequence of Philox, a counter-based generator (Salmon et al. 2011,
     Parallel random numbers: as easy as 1, 2, 3), so that neither threads nor groups of rows matter.
@@ -1763,9 +1684,9 @@ def correct_rows(strip, start, model, method='subtract', sky=None, dither=False,
     """
     stop, width, n_channels = start + len(strip), strip.shape[1], model.n_channels
     noise = dither_noise(start, stop, width, n_channels) if dither else None
-    empty = no_data(strip[..., :n_channels]) if keep_no_data else np.zeros(strip.shape[:2], bool)
-    kept = strip[empty]
     color, n_limited = strip[..., :n_channels], np.zeros(2, int)
+    empty = no_data(color) if keep_no_data else np.zeros(strip.shape[:2], bool)
+    kept = strip[empty]
     for rows, columns, shift in model.blocks(start, stop, width):
         before = color[rows, columns]
         with np.errstate(all='ignore'):  # infinite pixels, and signaling NaN
@@ -2443,7 +2364,7 @@ def read_header(file, start):
     return header._replace(axes=axes, end=data + size)
 
 
-def fits_blocks(size):
+def padded(size):
     """Return how many bytes the blocks take that hold as many."""
     return -(-size // FITS_BLOCK) * FITS_BLOCK
 
@@ -2497,7 +2418,7 @@ class FitsImage(Picture):
                 if not found:
                     raise
                 break  # what is behind a picture is copied, whatever it is
-            start = header.data + fits_blocks(header.end - header.data)
+            start = header.data + padded(header.end - header.data)
             if start >= self._bytes.size:
                 break
         if not found:
@@ -2524,12 +2445,6 @@ class FitsImage(Picture):
         return FitsPlanes(file, self._bytes, self._header, self.stored, kind)
 
 
-def turn_sign(values, dtype):
-    """Return integers with the highest bit turned, in a dtype of the same size: offset by half their range."""
-    unsigned = values.view(f'u{dtype.itemsize}')
-    return (unsigned ^ unsigned.dtype.type(1 << 8 * dtype.itemsize - 1)).view(dtype)
-
-
 class FitsPlanes:
     """A FITS file like another, the source, whose planes are written group of rows by group of rows into a seekable
     file.
@@ -2548,7 +2463,7 @@ class FitsPlanes:
             cards += [] if is_stale else [card]
         text = b''.join([*cards, f'HISTORY rmgradient {__version__}: {what}'.encode().ljust(FITS_CARD), b'END'])
         self._copy(0, header.start)
-        file.write(text.ljust(fits_blocks(len(text))))
+        file.write(text.ljust(padded(len(text))))
         self._start = file.tell()
 
     def _copy(self, start, stop):
@@ -2575,7 +2490,7 @@ class FitsPlanes:
         self._file.seek(self._start + size)
         self._copy(self._header.data + size, self._source.size)
         end = self._file.tell()
-        self._file.write(bytes(fits_blocks(end) - end))
+        self._file.write(bytes(padded(end) - end))
 
 
 # ---- Formats --------------------------------------------------------------------------------------------------------
@@ -2835,7 +2750,7 @@ def stretch_midtones(picture, like=None):
         return np.zeros(picture.shape)
     median = np.median(values)
     black = max(median - 2.8 * robust_std(values - median), values.min())
-    scale = max(most - black, np.finfo(float).tiny)
+    scale = max(most - black, TINY)
     middle = min(max((median - black) / scale, 1e-6), 0.999)
     midtones = 3 * middle / (2 * middle + 1)  # solves (m - 1) x / ((2 m - 1) x - m) = 1/4 for m at x = middle
     x = np.clip((picture - black) / scale, 0, 1)
@@ -3051,8 +2966,11 @@ class Editor:
 
     def _near(self, event):
         """Return the index of the point at the pointer, within some ten pixels of the screen, or None."""
+        if event.xdata is None or not len(self.pairs):
+            return None
+        distances = np.hypot(*(np.abs(self.pairs) - [event.xdata, event.ydata]).T)
         reach = 10 * abs(np.diff(self.left.get_xlim())[0]) / max(1, self.left.bbox.width)
-        return None if event.xdata is None else nearest_pair(self.pairs, event.xdata, event.ydata, reach)
+        return int(distances.argmin()) if distances.min() <= reach else None
 
     def _press(self, event):
         if event.inaxes not in (self.left, self.right) or getattr(self.figure.canvas.toolbar, 'mode', ''):
@@ -3063,13 +2981,15 @@ class Editor:
         elif event.button == 1 and near is not None:
             self._dragged = near, self.pairs
         elif event.button == 1:
-            self._change(add_pair(self.pairs, round(event.xdata), round(event.ydata), event.key == 'shift'))
+            sign = -1.0 if event.key == 'shift' and len(self.pairs) else 1.0  # the first starts an isoline
+            self._change(np.vstack([self.pairs, [sign * round(event.xdata), sign * round(event.ydata)]]))
 
     def _drag(self, event):
         if self._dragged and event.xdata is not None:
             height, width, _ = self.image.shape
             place = np.clip([round(event.xdata), round(event.ydata)], 0, [width - 1, height - 1])
-            self.pairs = move_pair(self.pairs, self._dragged[0], *place)
+            i, self.pairs = self._dragged[0], self.pairs.copy()
+            self.pairs[i] = np.copysign(place, -1.0 if np.signbit(self.pairs[i]).any() else 1.0)
             self.timer.start()
 
     def _release(self, _):
@@ -3090,7 +3010,7 @@ class Editor:
             elif key == 'a':
                 given = self.points(least=1) if len(self.pairs) > len(self.unusable) else None
                 chosen = choose_points(self.image, self.settings.auto or AUTO, self.settings.sigma, given).points
-                self._change(chosen.pairs())
+                self._change(chosen.pairs)
             elif key == 'v':
                 self._shows_result = not self._shows_result
             elif key == 's':
@@ -3172,8 +3092,8 @@ def remove_gradient(image: np.ndarray, points: np.ndarray | Points | str, *, sig
         raise RmgradientError(f'an array of shape {image.shape} has its channels first; pass np.moveaxis(image, 0, -1)')
     if not (isinstance(rows, numbers.Integral) and rows > 0):
         raise RmgradientError(f'rows are {rows!r}, not a whole number above 0')
-    if method not in ('subtract', 'stretch', 'divide'):
-        raise RmgradientError(f"method {method!r} is none of 'subtract', 'stretch' and 'divide'")
+    if method not in METHODS:
+        raise RmgradientError(f'method {method!r} is none of {", ".join(METHODS)}')
     corrected = np.array(image, image.dtype.newbyteorder('=')).reshape(*image.shape[:2], -1)
     height, width, _ = corrected.shape
     if isinstance(points, str) and points != 'auto':
@@ -3357,7 +3277,7 @@ def edit_points(path, image, points, outputs, options):
         overwrite[0] = True  # it is ours now
         return name
 
-    editor = Editor(image, [] if points is None else points.pairs(), options, os.path.basename(path), save)
+    editor = Editor(image, [] if points is None else points.pairs, options, os.path.basename(path), save)
     plt.show(block=True)
     if not editor.accepted:
         return None
@@ -3477,8 +3397,10 @@ def threads(progress):
     def results(work, arguments):
         pending = collections.deque()
         for each in arguments:
-            with can_start_threads():
+            try:
                 pending.append(pool.submit(work, *each))
+            except RuntimeError as error:  # no more threads
+                raise MemoryError from error
             if len(pending) > 2 * N_WORKERS:
                 yield pending.popleft().result()
         while pending:

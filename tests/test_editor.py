@@ -30,23 +30,6 @@ def signs(pairs):
 PAIRS = np.array([[10, 20], [-30, -40], [-0.0, -5], [60, 70], [80, 90]])
 
 
-def test_add():
-    assert rg.add_pair(np.zeros((0, 2)), 3, 4, on_isoline=True).tolist() == [[3, 4]]
-    assert signs(rg.add_pair(np.zeros((0, 2)), 3, 4, on_isoline=True)) == [False]
-    added = rg.add_pair(PAIRS, 0, 0, on_isoline=True)
-    assert signs(added) == [*signs(PAIRS), True]
-    assert signs(rg.add_pair(PAIRS, 0, 0)) == [*signs(PAIRS), False]
-    assert len(PAIRS) == 5  # as it was
-
-
-def test_move_keeps_the_isoline():
-    moved = rg.move_pair(PAIRS, 2, 7, 0)
-    assert signs(moved) == signs(PAIRS)
-    assert np.abs(moved[2]).tolist() == [7, 0]
-    assert signs(rg.move_pair(PAIRS, 3, 0, 0)) == signs(PAIRS)
-    assert PAIRS[2].tolist() == [0, -5]
-
-
 def test_remove_hands_the_isoline_on():
     assert rg.remove_pair(PAIRS, 3).tolist() == PAIRS[[0, 1, 2, 4]].tolist()
     rest = rg.remove_pair(PAIRS, 0)
@@ -54,12 +37,6 @@ def test_remove_hands_the_isoline_on():
     assert signs(rest) == [False, True, False, False]
     assert signs(rg.remove_pair(PAIRS, 1)) == [False, True, False, False]
     assert signs(rg.remove_pair(PAIRS, 4)) == [False, True, True, False]
-
-
-def test_nearest():
-    assert rg.nearest_pair(PAIRS, 31, 41, 5) == 1
-    assert rg.nearest_pair(PAIRS, 31, 51, 5) is None
-    assert rg.nearest_pair(np.zeros((0, 2)), 1, 1, 5) is None
 
 
 # ---- the window, with events of matplotlib's own --------------------------------------------------------------------

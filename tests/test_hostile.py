@@ -329,7 +329,7 @@ def test_library_that_does_not_load(cli, monkeypatch):
         def fail(*_, error=error):
             raise error
         with monkeypatch.context() as patch_:
-            patch_.setattr(rg, '_fit_classic', fail)
+            patch_.setattr(rg, 'fit_background', fail)
             cli.fails('--smooth', '0.1', match=match)
 
 

@@ -116,7 +116,7 @@ def test_points_file_names_the_line(line, match):
 def test_points_survive_a_file(drawn):
     pairs = [(-float(x), y) if signed and i else (x, y) for i, (x, y, signed) in enumerate(drawn)]
     points = rg.make_points(pairs)
-    for again in (rg.parse_points_file(rg.format_points(points))[0], points.pairs()):
+    for again in (rg.parse_points_file(rg.format_points(points))[0], points.pairs):
         for one, other in zip(points[:3], rg.make_points(again)):
             assert one.tolist() == other.tolist()
 
