@@ -44,7 +44,7 @@ import sys
 
 
 def say_out_of_memory(kind, error, trace):
-    """Say in one line that memory was short while this program was loaded, which Python does in its own words."""
+    """Say in one line that memory was short while this program was loaded; Python has many."""
     if issubclass(kind, (MemoryError, SystemError)):
         sys.stderr.write('rmgradient: error: not enough memory\n')
     else:
@@ -96,7 +96,8 @@ def why_not_loaded(error):
         needed = 'numpy scipy "tifffile[codecs]" threadpoolctl tqdm'
         names = needed if error.name in f'imagecodecs {needed}' else error.name
         return f'{error.name} is missing; run: python -m pip install {names}'
-    return f'a library can not be loaded ({type(error).__name__}): not enough memory, or installed in part only'
+    kind = type(error).__name__
+    return f'a library can not be loaded ({kind}): not enough memory, or installed in part only'
 
 
 try:
@@ -109,9 +110,9 @@ except Exception as error:
     sys.exit(f'rmgradient: error: {why_not_loaded(error)}')
 
 __version__ = '1.1.0'
-__all__ = ['BackgroundModel', 'Points', 'RmgradientError', 'choose_points', 'correct', 'find_misfits', 'find_sky',
-           'fit_background', 'fit_beside_reference', 'main', 'make_points', 'measure_levels', 'open_picture',
-           'remove_gradient']
+__all__ = ['BackgroundModel', 'Points', 'RmgradientError', 'choose_points', 'correct', 'find_misfits',
+           'find_sky', 'fit_background', 'fit_beside_reference', 'main', 'make_points', 'measure_levels',
+           'open_picture', 'remove_gradient']
 logger = logging.getLogger('rmgradient')
 
 SIGMA = 8.0  # pixels; wide enough to average the noise, narrow enough to fit between stars
@@ -137,13 +138,14 @@ class NamedError(RmgradientError):
 
 
 def printable(text):
-    """Return text in which what is not printable, such as control characters in the name of a file, is escaped."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in str(text))
+    """Return text in which what is not printable, as in the name of a file, is escaped."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode()
+                   for c in str(text))
 
 
 @contextlib.contextmanager
 def about(name):
-    """Begin the message of what goes wrong inside, by our errors or the system's, with a name if it has none."""
+    """Begin the message of our errors and the system's inside with a name, if it has none."""
     try:
         yield
     except NamedError:
@@ -190,11 +192,11 @@ class Points(NamedTuple):
 
     @property
     def pairs(self):
-        """(n_points, 2) float64 ndarray: the places, negative (-0.0, too) on isolines, as `make_points` takes them."""
+        """(n_points, 2) float64 ndarray: the places, negative (-0.0, too) on isolines."""
         return np.copysign(self.centers, np.where(self.on_isoline, -1.0, 1.0)[:, None])
 
     def subset(self, kept):
-        """Return some of the points, (n_points,) bool; on an isoline the first of those kept is the leader."""
+        """Return some of the points, (n_points,) bool; the first kept of an isoline becomes its leader."""
         _, first, group = np.unique(self.leader[kept], return_index=True, return_inverse=True)
         return Points(self.x[kept], self.y[kept], first[group], tuple(itertools.compress(self.sources, kept)))
 
@@ -214,7 +216,8 @@ def parse_coordinates(words):
             raise RmgradientError(f'coordinate {word[:40]!r} is not a number of pixels')
         found.append(math.copysign(round(abs(float(word))), -1 if word[0] == '-' else 1))
     if len(found) % 2:
-        raise RmgradientError(f'{len(found)} coordinates are not pairs: the last one, {found[-1]:.0f}, has no partner')
+        raise RmgradientError(f'{len(found)} coordinates are not pairs: the last one, {found[-1]:.0f}, '
+                              'has no partner')
     return np.array(found).reshape(-1, 2)
 
 
@@ -239,7 +242,8 @@ def parse_points_file(lines):
 
 def format_points(points):
     """Return lines that `parse_points_file` reads."""
-    return [f'{"-" if on_isoline else ""}{x} {y}' for x, y, on_isoline in zip(points.x, points.y, points.on_isoline)]
+    signs = np.where(points.on_isoline, '-', '')
+    return [f'{sign}{x} {y}' for sign, x, y in zip(signs, points.x, points.y)]
 
 
 def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) -> Points:
@@ -272,7 +276,7 @@ def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) 
     if not (np.abs(pairs) < 2**31).all() or (pairs % 1).any():
         raise RmgradientError('points are not all whole numbers of pixels')
     if np.signbit(pairs[0]).any():
-        raise RmgradientError('the first point has a minus sign: an isoline needs a point without one before it')
+        raise RmgradientError('the first point has a minus sign: an isoline begins with a point without one')
     points, seen = unchecked_points(pairs, sources), {}
     for i, place in enumerate(zip(points.x.tolist(), points.y.tolist())):
         if (first := seen.setdefault(place, i)) != i:
@@ -300,12 +304,13 @@ def remove_pair(pairs, i):
 
 
 def check_points(points, height, width, radius):
-    """Raise RmgradientError unless all points are inside, and the measured ones `radius` pixels from every border."""
+    """Raise RmgradientError if a point is outside, or a measured one within `radius` of a border."""
     x, y = points.x, points.y
     if len(outside := np.flatnonzero((x >= width) | (y >= height))):
         swapped = ': are x and y swapped?' if (x < height).all() and (y < width).all() else ''
-        raise RmgradientError(f'{points.describe(outside)} {"are" if len(outside) > 1 else "is"} outside of the '
-                              f'picture, {width} x {height} pixels{swapped}')
+        verb = 'are' if len(outside) > 1 else 'is'
+        raise RmgradientError(f'{points.describe(outside)} {verb} outside of the picture, '
+                              f'{width} x {height} pixels{swapped}')
     from_border = np.minimum(np.minimum(x, width - 1 - x), np.minimum(y, height - 1 - y))
     if len(near := np.flatnonzero((from_border < radius) & ~points.on_isoline)):
         verb, them = ('are', 'them') if len(near) > 1 else ('is', 'it')
@@ -316,7 +321,7 @@ def check_points(points, height, width, radius):
 # ---- Levels ---------------------------------------------------------------------------------------------------------
 
 def blur_kernel(sigma):
-    """Return the (2 * radius + 1,) weights of a Gaussian blur, cut off at radius = ceil(3 sigma), with sum 1."""
+    """Return the (2 * radius + 1,) weights, of sum 1, of a Gaussian cut off at radius = ceil(3 sigma)."""
     if not 0.1 <= sigma <= 10000:
         raise RmgradientError(f'a blur of sigma {sigma:g} pixels is not from 0.1 to 10000')
     radius = math.ceil(3 * sigma)
@@ -324,7 +329,8 @@ def blur_kernel(sigma):
     return kernel / kernel.sum()
 
 
-def measure_levels(image: np.ndarray | Picture, points: Points, sigma: float = SIGMA) -> tuple[np.ndarray, np.ndarray]:
+def measure_levels(image: np.ndarray | Picture, points: Points,
+                   sigma: float = SIGMA) -> tuple[np.ndarray, np.ndarray]:
     """Measure the blurred value of each channel at each point.
 
     Parameters
@@ -362,20 +368,20 @@ def measure_levels(image: np.ndarray | Picture, points: Points, sigma: float = S
                              for row in range(y - radius, y + radius + 1)):
             reason = 'pixels without data'
         if reason:
-            raise RmgradientError(f'{points.describe([i])} has {reason} within {radius} pixels; move it or use a '
-                                  'smaller sigma')
+            raise RmgradientError(f'{points.describe([i])} has {reason} within {radius} pixels; '
+                                  'move it or use a smaller sigma')
     largest = np.abs(levels[points.leader]).max()
     if not 1e-140 < largest < 1e140 and largest > 0:  # squares of others are no numbers
-        raise RmgradientError(f'levels up to {largest:.3g} are not from 1e-140 to 1e140; multiply the picture by a '
-                              'power of ten')
+        raise RmgradientError(f'levels up to {largest:.3g} are not from 1e-140 to 1e140; '
+                              'multiply the picture by a power of ten')
     return levels[points.leader], noise[points.leader]
 
 
 @np.errstate(invalid='ignore', over='ignore')  # inf - inf gives NaN
 def _blur(image, top, left, kernel):
-    """Return the weighted mean of a window of the image, its standard error, and whether it has empty pixels."""
+    """Return the weighted mean of a window, its standard error, and whether it has empty pixels."""
     squares = kernel**2
-    # Sums of the rows, since a Gaussian separates: of values, and with squared weights of values and their squares.
+    # A Gaussian separates. Sums of rows: of the values, and with squared weights of them and their squares.
     sums, has_empty = np.zeros((3, len(kernel), image.shape[2])), False
     for start, stop in row_groups(len(kernel)):
         window = image[top + start:top + stop, left:left + len(kernel)]
@@ -432,7 +438,7 @@ def distances_between(a, b):
 
 
 def average_spacing(centers):
-    """Return the average distance between (n_points, 2) points in the box around them, scipy's default epsilon."""
+    """Return the average distance between (n_points, 2) points in their box, scipy's default epsilon."""
     edges = np.ptp(centers, axis=0)
     edges = edges[edges > 0]
     return (edges.prod() / len(centers)) ** (1 / len(edges))
@@ -502,7 +508,7 @@ class Choice(NamedTuple):
 
 
 def choose_model(centers, levels, leader):
-    """Choose trend, shape and smoothness of the model that fits levels best where there are none, and solve it.
+    """Choose trend, shape and smoothness that predict levels best where there are none, and solve the model.
 
     Takes (n_points, 2) centers, (n_points, n_channels) levels and the leader of each, equal for points that
     share a level; returns one Choice for all channels, so that colors stay together.
@@ -653,7 +659,7 @@ def leave_out(choice, out):
 
 # ---- Model ----------------------------------------------------------------------------------------------------------
 
-BLOCK = 2**17  # float64 values at a time, 1 MB: with fewer, threads wait for the interpreter; more leave the cache
+BLOCK = 2**17  # float64 values at a time: fewer make threads wait for the interpreter, more leave the cache
 
 
 class BackgroundModel:
@@ -692,7 +698,7 @@ class BackgroundModel:
         return BackgroundModel(centers, self.weights, self.epsilon / factor, plane, self.choice)
 
     def blocks(self, start, stop, width):
-        """Yield parts of rows start to stop - 1: slices of rows, counted from start, and of columns, and the values.
+        """Yield slices of rows, counted from start, and of columns, and the background there.
 
         The surface is evaluated at Chebyshev nodes (see `chebyshev_panels`) and expanded to pixels by two
         matrix products, first along x, then along y. Memory: 8 bytes x n_channels x width x (nodes along
@@ -719,14 +725,14 @@ class BackgroundModel:
         return np.min(bounds, axis=0)
 
     def evaluate(self, start, stop, width):
-        """Return rows start to stop - 1 as a (stop - start, width, n_channels) float64 ndarray, in data units."""
+        """Return rows start to stop - 1, (stop - start, width, n_channels) float64, in data units."""
         background = np.empty((stop - start, width, self.n_channels))
         for rows, columns, block in self.blocks(start, stop, width):
             background[rows, columns] = block
         return background
 
     def _panels(self, start, stop, width):
-        """Yield the top of each panel of rows, its matrix, and (n_nodes, width, n_channels) values at its nodes."""
+        """Yield top and matrix of each panel of rows, and (n_nodes, width, n_channels) values at its nodes."""
         x_nodes, x_matrix = chebyshev_panels(width, self.epsilon)
         y_nodes, y_matrix = chebyshev_panels(stop - start, self.epsilon)
         for top, nodes in zip(range(0, stop - start, len(y_matrix)), start + y_nodes):
@@ -735,7 +741,7 @@ class BackgroundModel:
             yield top, y_matrix[:stop - start - top], np.ascontiguousarray(along_x.transpose(1, 0, 2))
 
     def _at_nodes(self, x, y):
-        """Return the (len(x), len(y), n_channels) values on a grid, `BLOCK` pairs of node and center at a time."""
+        """Return (len(x), len(y), n_channels) values on a grid, `BLOCK` pairs of node and center at a time."""
         center_x, center_y = self.centers.T
         scale = 1 / self.epsilon
         below = ((y[:, None] - center_y) * scale) ** 2 + 1
@@ -815,7 +821,8 @@ def fit_background(points: Points, levels: np.ndarray, smooth: float | str = 'au
         except np.linalg.LinAlgError:
             off = math.inf
     if not off <= 1e-6 * np.abs(levels).max():
-        raise RmgradientError(f'smoothness {smooth} makes the equations of these points singular; choose another')
+        raise RmgradientError(f'smoothness {smooth} makes the equations of these points singular; '
+                              'choose another')
     return BackgroundModel(points.centers, rbf.nodes, rbf.epsilon, np.zeros((3, levels.shape[1])))
 
 
@@ -824,7 +831,8 @@ def fit_background(points: Points, levels: np.ndarray, smooth: float | str = 'au
 MISFIT = 6.0  # a point is worth a warning if it is off by this many standard deviations
 
 
-def find_misfits(points: Points, levels: np.ndarray, noise: np.ndarray, choice: Choice) -> list[tuple[int, float]]:
+def find_misfits(points: Points, levels: np.ndarray, noise: np.ndarray,
+                 choice: Choice) -> list[tuple[int, float]]:
     """Find points whose level stands out from what the others predict.
 
     Parameters
@@ -843,8 +851,8 @@ def find_misfits(points: Points, levels: np.ndarray, noise: np.ndarray, choice: 
 
     Notes
     -----
-    A bad point spoils the prediction of its neighbors and the choice of the model. So when the worst are found,
-    the model is chosen anew without them, and the others are judged by that, until none stands out.
+    A bad point spoils the prediction of its neighbors and the choice of the model. So when the worst are
+    found, the model is chosen anew without them, and judges the others, until none stands out.
     """
     rest, misfits = np.arange(len(levels)), []
     while found := _find_worst(choice, points.centers[rest], noise[rest]):
@@ -886,7 +894,7 @@ def _find_worst(choice, centers, noise):
 
 @np.errstate(over='ignore')  # beside errors of zero, others are infinitely large
 def significance(errors, standardized, usual, least):
-    """Return how many times the usual of its channel each standardized error is, 0 for errors up to the least.
+    """Return how many times the usual of its channel each standardized error is, 0 up to the least.
 
     Errors and standardized ones as in `left_out_errors`; usual and least, (n_channels,).
     """
@@ -908,7 +916,7 @@ def robust_std(errors):
 
 # ---- Reference ------------------------------------------------------------------------------------------------------
 
-REFERENCE_AUTO = 24  # points along the longer side beside a reference: nebulae take part, so that more is better
+REFERENCE_AUTO = 24  # cells along the longer side: on nebulae, too, the more the better
 REFERENCE_MISFIT = 5.0  # typical errors: a point that fits the reference worse is left out
 LEAST_CORRELATION = 0.5  # of details: of the same field it is above 0.9, of another one below 0.15
 
@@ -921,7 +929,7 @@ class Beside(NamedTuple):
     kept: np.ndarray  # (n_points,): points that fit the reference
     scale: np.ndarray  # (n_channels,): of the reference's light in the picture
     error: np.ndarray  # (n_channels,): standard error of the scale
-    unexplained: np.ndarray  # (n_channels,): standard deviation of what neither reference nor background explains
+    unexplained: np.ndarray  # (n_channels,): standard deviation of what neither explains
 
 
 def fit_beside_reference(points: Points, levels: np.ndarray, reference: np.ndarray) -> Beside:
@@ -955,8 +963,9 @@ def fit_beside_reference(points: Points, levels: np.ndarray, reference: np.ndarr
         some = points.subset(kept)
         model, scale, error, correlation = _fit_scale(some, levels[kept], light[kept])
         if correlation.max() < LEAST_CORRELATION:
-            raise RmgradientError(f'details correlate with those of the picture by {in_words(correlation)} only; '
-                                  'is it registered, and does it show the same field?')
+            raise RmgradientError('details correlate with those of the picture by '
+                                  f'{in_words(correlation)} only; is it registered, and does it show the same '
+                                  'field?')
         standardized = np.abs(model.choice.standardized)
         misfits = (standardized > REFERENCE_MISFIT * robust_std(standardized)).any(axis=1)
         if not n_left or not misfits.any() or kept.sum() - misfits.sum() < LEAST_PLACES:
@@ -985,13 +994,14 @@ def _fit_scale(points, levels, light):
 
 
 def check_reference(shape, reference_shape):
-    """Raise RmgradientError unless a reference of some shape suits a picture, both (height, width, n_channels)."""
+    """Raise RmgradientError unless a reference suits a picture, by their (height, width, n_channels)."""
     height, width, n_channels = reference_shape
     if (height, width) != shape[:2]:
         raise RmgradientError(f'is {width} x {height} pixels and the picture {shape[1]} x {shape[0]}; '
                               'register it to the picture')
     if n_channels not in (1, shape[2]):
-        raise RmgradientError(f'has {n_channels} channels and the picture {shape[2]}; give a gray one or the same')
+        raise RmgradientError(f'has {n_channels} channels and the picture {shape[2]}; '
+                              'give a gray one or the same')
 
 
 # ---- Automatic points -----------------------------------------------------------------------------------------------
@@ -1007,10 +1017,10 @@ NEIGHBORS = 1.7  # cells: places no farther are neighbors, also across a corner
 RIM = 0.4  # a place with a larger part of its neighbors off the surface is on the rim of a nebula
 CORNER = 6  # places: a smaller group in a corner is a glow that ends there
 GROUP = 3  # neighbors off the surface are a nebula or the end of a glow; fewer are stars
-MOST_END, ROUGH = 0.2, 6.0  # part of all places, and typical errors: a larger or rougher group is no end of a glow
+MOST_END, ROUGH = 0.2, 6.0  # part of all places, typical errors: a larger or rougher group is no end of a glow
 STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to be left out, to come back, and beside a nebula
 LEAST_GIVEN = 5  # certain points that others can grow from: of fewer, none is predicted by the others
-AS_PREDICTED, ROUNDS = 2.0, 30  # typical errors within which a place joins, and how often all are judged at most
+AS_PREDICTED, ROUNDS = 2.0, 30  # typical errors within which a place joins, and most rounds of judging all
 MOST_SCATTER, LEAST_SKY = 4.0, 0.6  # noises, and part of the places: beyond, they are said not to agree
 
 
@@ -1047,8 +1057,8 @@ class Sites(NamedTuple):
 
 
 @np.errstate(over='ignore')  # as in `significance`
-def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIGMA, given: Points | None = None,
-                  starmap: Callable = itertools.starmap) -> Chosen:
+def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIGMA,
+                  given: Points | None = None, starmap: Callable = itertools.starmap) -> Chosen:
     """Choose points of empty sky.
 
     Parameters
@@ -1060,7 +1070,7 @@ def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIG
     sigma : float
         Blur at the points, in pixels: what they are chosen for.
     given : Points, optional
-        Certain points: all are kept, first, and the surface that tells sky from nebula has to go through them.
+        Certain points: all are kept, first, and the surface of the sky has to go through them.
     starmap : callable
         Like `itertools.starmap`, but it may work on several strips at once, see `threads`; the order stays.
 
@@ -1071,11 +1081,11 @@ def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIG
 
     Notes
     -----
-    Each cell offers its quietest place. A glow is smooth to the noise and a nebula is not: sky is the largest set
-    of places that agree on one smooth surface (`find_consensus`). The rims of what is left out go, too, and small
-    corners come back. Where the places do not agree, or not with the certain points, sky grows from these instead,
-    if there are enough. Then the adaptive model leaves out what stands out above it, and takes in the peaks of
-    glows.
+    Each cell offers its quietest place. A glow is smooth to the noise and a nebula is not: sky is the
+    largest set of places that agree on one smooth surface (`find_consensus`). The rims of what is left out
+    go, too, and small corners come back. Where the places do not agree, or not with the certain points, sky
+    grows from these instead, if there are enough. Then the adaptive model leaves out what stands out above
+    it, and takes in the peaks of glows.
     """
     if not 3 <= n <= MOST_CELLS:
         raise RmgradientError(f'a grid of {n} cells along the longer side is not from 3 to {MOST_CELLS}')
@@ -1088,8 +1098,9 @@ def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIG
     rounding = 1e-9 * np.abs(levels).max(axis=0) + TINY
     varies = np.ptp(levels, axis=0) > rounding  # a constant channel tells nothing
     varies |= not varies.any()
-    sites = Sites(points, levels[:, varies], np.maximum(noise, rounding)[varies], np.arange(len(levels)) < n_given,
-                  np.array([width, height]), max(height, width) / n)
+    noise, certain = np.maximum(noise, rounding)[varies], np.arange(len(levels)) < n_given
+    size = np.array([width, height])
+    sites = Sites(points, levels[:, varies], noise, certain, size, size.max() / n)
     with one_blas_thread():
         sky, scatter = find_consensus(sites)
         agree = scatter < MOST_SCATTER and sky.mean() > LEAST_SKY and sky[sites.certain].all()
@@ -1112,8 +1123,8 @@ def join_quiet_places(image, n, sigma, given, starmap=itertools.starmap):
         places = places[distances_between(places.astype(float), given.centers).min(axis=1) > 2 * sigma]
     n_given = len(given.x)
     if n_given + len(places) < LEAST_PLACES:
-        raise RmgradientError(f'too few places of empty sky, {len(places)}; choose more, use a smaller sigma, or '
-                              'give points')
+        raise RmgradientError(f'too few places of empty sky, {len(places)}; choose more, use a smaller sigma, '
+                              'or give points')
     sources = given.sources and (*given.sources, *[''] * len(places))
     return Points(*np.hstack([given[:3], [*places.T, n_given + np.arange(len(places))]]), sources)
 
@@ -1127,18 +1138,20 @@ def places_beside_reference(image, reference, n, sigma, given=None, starmap=iter
             measure_levels(reference, unchecked_points(points.pairs[[i]]), sigma)
             has_data[i] = True
     if has_data.sum() < LEAST_PLACES:
-        raise RmgradientError(f'the reference has data at {has_data.sum()} of {len(points.x)} quiet places only')
+        raise RmgradientError(f'the reference has data at {has_data.sum()} of {len(points.x)} quiet places '
+                              'only')
     return points.subset(has_data)
 
 
 def with_rounding(noise, image, points, sigma):
-    """Return the (n_channels,) noise of levels, or the error of rounding where noise of the pixels can't hide it.
+    """Return the (n_channels,) noise of levels, or the error of rounding where noise can't hide that.
 
     The step is the smallest difference between pixels side by side, so that it scales with the picture.
     """
     radius, pixel_noise = math.ceil(3 * sigma), noise * 2 * math.sqrt(math.pi) * sigma
-    differences = np.abs(np.vstack([np.diff(image[y:y + 1, x - radius:x + radius + 1][0].astype(float), axis=0)
-                                    for x, y in points.subset(~points.on_isoline).centers.astype(int)]))
+    measured = points.subset(~points.on_isoline)
+    rows = [image[y:y + 1, x - radius:x + radius + 1][0] for x, y in zip(measured.x, measured.y)]
+    differences = np.abs(np.diff(np.array(rows, float), axis=1)).reshape(-1, len(noise))
     step = differences.min(axis=0, where=differences > 0, initial=np.inf)
     step[np.isinf(step)] = 0
     return np.where(pixel_noise < step / 2, step / math.sqrt(12), noise)
@@ -1239,13 +1252,16 @@ class Surfaces:
 
 
 def legendre_terms(places, degree):
-    """Return the products of Legendre polynomials up to a total degree, (n_places, n_terms), places in -1 ... 1."""
+    """Return (n_places, n_terms) products of Legendre polynomials up to a degree, places in -1 ... 1."""
     x, y = (np.polynomial.legendre.legvander(t, degree) for t in places.T)
     return np.stack([x[:, i] * y[:, j] for i in range(degree + 1) for j in range(degree + 1 - i)], axis=1)
 
 
 def chi_squared_quantile(n):
-    """Return the 99 % quantile of chi-squared of n degrees of freedom (Wilson and Hilferty 1931, PNAS 17, 684)."""
+    """Return the 99 % quantile of chi-squared of n degrees of freedom.
+
+    Wilson and Hilferty 1931, PNAS 17, 684.
+    """
     return n * (1 - 2 / (9 * n) + 2.326 * math.sqrt(2 / (9 * n))) ** 3
 
 
@@ -1499,7 +1515,8 @@ def find_sky(sky: str | float | None, method: str, levels: np.ndarray, model: Ba
     elif isinstance(sky, numbers.Real) and math.isfinite(sky):
         level = np.full_like(median, sky)
     else:
-        raise RmgradientError(f'the level of the sky, {sky!r}, is neither a number nor one of {", ".join(SKIES)}')
+        raise RmgradientError(f'the level of the sky, {sky!r}, is neither a number nor one of '
+                              f'{", ".join(SKIES)}')
     if np.abs(level).max() > 1e9 * np.abs(median).max() > 0:
         raise RmgradientError(f'a sky level of {in_words(level)} is too far from that of the picture, '
                               f'{in_words(median)}')
@@ -1598,7 +1615,8 @@ def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky:
         raise RmgradientError('stretching takes 1.0 for white, but there are values up to '
                               f'{np.nanmax(strip):g}; divide the picture by that first')
     if shift.max() >= white:
-        raise RmgradientError(f'stretching can not keep white, {white:g}, where {shift.max():g} is subtracted')
+        raise RmgradientError(f'stretching can not keep white, {white:g}, where {shift.max():g} is '
+                              'subtracted')
     return to_dtype((strip - shift) / (white - shift) * white, strip.dtype, dither)
 
 
@@ -1637,13 +1655,13 @@ def _subtract_integers(strip, shift):
 
 
 def turn_sign(values, dtype):
-    """Return integers with the highest bit turned, in a dtype of the same size: offset by half their range."""
+    """Return integers offset by half their range, by their highest bit, in a dtype of the same size."""
     unsigned = values.view(f'u{dtype.itemsize}')
     return (unsigned ^ unsigned.dtype.type(1 << 8 * dtype.itemsize - 1)).view(dtype)
 
 
 def newly_limited(before, after):
-    """Return how many pixels got a channel to the smallest and to the largest integer that was not there before."""
+    """Return how many pixels have a channel newly at the smallest, and at the largest integer."""
     counts = np.zeros(2, int)
     if after.dtype.kind in 'ui':
         limits = np.iinfo(after.dtype)
@@ -1664,7 +1682,7 @@ def count_unfit(values, dtype):
 
 
 def dither_noise(start, stop, width, n_channels, stream=0):
-    """Return (stop - start, width, n_channels) values uniform in -0.5 ... 0.5 that depend on their place alone.
+    """Return (stop - start, width, n_channels) values, uniform in -0.5 ... 0.5, each by its place alone.
 
     Each row has its own part of the sequence of Philox, a counter-based generator (Salmon et al. 2011,
     Parallel random numbers: as easy as 1, 2, 3), so that neither threads nor groups of rows matter.
@@ -1674,7 +1692,8 @@ def dither_noise(start, stop, width, n_channels, stream=0):
     return np.stack([np.random.Generator(each).random((width, n_channels)) for each in numbers]) - 0.5
 
 
-def correct_rows(strip, start, model, method='subtract', sky=None, dither=False, keep_no_data=True, blank=None):
+def correct_rows(strip, start, model, method='subtract', sky=None, dither=False, keep_no_data=True,
+                 blank=None):
     """Remove the background from rows of the picture from start on, (n_rows, width, n_samples), in place.
 
     Color channels come first; further samples stay as they are. The model is above the level of the sky;
@@ -1706,7 +1725,7 @@ def keep_off(values, blank):
 
 
 def correct_binned(picture, background, method, sky, dtype):
-    """Return a binned picture without its background, float64, and where it became black, (height, width) bool."""
+    """Return a binned picture, float64, without its background, and where it became black, bool."""
     white, lowest = (np.iinfo(dtype).max, np.iinfo(dtype).min) if dtype.kind in 'ui' else (1.0, 0)
     with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
         after = correct(picture / white, (background - sky) / white, method, sky / white) * white
