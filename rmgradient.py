@@ -1769,28 +1769,17 @@ class Picture:
     Wherever a window of rows and columns is cut out of a (height, width, n_channels) array, this serves as
     well: it has `shape` and `dtype`, and `image[top:bottom, left:right]` is an array of the color channels.
     `read` gives extra samples (alpha), too; it may be called from several threads.
-
-    Attributes
-    ----------
-    name, endings : str, tuple of str
-        Of the format and its files.
-    shape : (int, int, int)
-        Height, width and number of color channels.
-    n_samples : int
-        Color channels plus extra samples.
-    dtype : numpy.dtype
-        In native byte order.
-    blank : int or None
-        Value of integers that stands for no data; windows have NaN there, `read` the value.
-    bottom_up : bool
-        Whether the first row is at the bottom.
-    can_compress : bool
-        Whether its writer does.
-    warnings : list of str
-        What was left out.
     """
 
-    blank, bottom_up, can_compress = None, False, False
+    name: str  # of the format
+    endings: tuple  # of its files
+    shape: tuple  # height, width and number of color channels
+    n_samples: int  # color channels plus extra samples
+    dtype: np.dtype  # in native byte order
+    warnings: list  # what was left out, in words
+    blank = None  # value of integers that stands for no data; windows have NaN there, `read` the value
+    bottom_up = False  # whether the first row is at the bottom
+    can_compress = False  # whether its writer does
 
     def __init__(self, path):
         self._file, self.warnings = open(path, 'rb'), []  # noqa: SIM115
@@ -1812,7 +1801,7 @@ class Picture:
 
     @contextlib.contextmanager
     def _damage(self):
-        """Turn what libraries raise on damaged files, a dozen types of exceptions in words of their own, into one."""
+        """Turn what libraries raise on damaged files, a dozen types in words of their own, into one."""
         try:
             yield
         except Damage as error:
@@ -1820,8 +1809,9 @@ class Picture:
         except (RmgradientError, OSError, MemoryError):
             raise
         except Exception as error:
-            decoded = type(error).__module__.startswith('imagecodecs')
-            what = 'its strips or tiles can not be decoded' if decoded else f'{self.name} libraries can not read it'
+            what = f'{self.name} libraries can not read it'
+            if type(error).__module__.startswith('imagecodecs'):
+                what = 'its strips or tiles can not be decoded'
             raise RmgradientError(f'damaged: {what}') from error
 
     def __getitem__(self, window):
@@ -1835,7 +1825,7 @@ class Picture:
 
 
 def read_binned(image, left, right, top, bottom, n=1000):
-    """Return a part of the picture in at most about n x n pixels, float64, and how many pixels make one side of these.
+    """Return a part of the picture in about n x n pixels at most, float64, and the side of these in its own.
 
     Columns are averaged; of the rows of a block no more than four are read, of a large block one, so that a
     large picture opens as fast as a small one.
@@ -1853,12 +1843,12 @@ def read_binned(image, left, right, top, bottom, n=1000):
 # ---- TIFF directories -----------------------------------------------------------------------------------------------
 
 SHORT, LONG, LONG8, IFD8 = 3, 4, 16, 18
-TYPE_SIZES = {int(code): struct.calcsize(f'={format_}') for code, format_ in tifffile.TIFF.DATA_FORMATS.items()}
-NUMBERS = {code: tifffile.TIFF.DATA_FORMATS[code][-1] for code in (1, 3, 4, 13, 16, 18)}  # unsigned integers
+TYPE_SIZES = {code: struct.calcsize(f'={kind}') for code, kind in tifffile.TIFF.DATA_FORMATS.items()}
+NUMBERS = {code: tifffile.TIFF.DATA_FORMATS[code][-1] for code in (1, 3, 4, 13, 16, 18)}  # unsigned
 
 
 class Tag(NamedTuple):
-    """Entry of a TIFF directory, its value as the bytes in the file or, for a sub-directory, as a list of tags."""
+    """Entry of a TIFF directory; its value is the bytes in the file or the tags of a sub-directory."""
 
     code: int
     type: int
@@ -1867,8 +1857,9 @@ class Tag(NamedTuple):
 
 
 def directory_structs(byteorder, bigtiff):
-    """Return the structs of a directory: number of entries, an entry with its value or a pointer to it, a pointer."""
-    return [struct.Struct(byteorder + code) for code in (('Q', 'HHQ8s', 'Q') if bigtiff else ('H', 'HHI4s', 'I'))]
+    """Return the structs of a directory: number of entries, an entry, a pointer."""
+    codes = ('Q', 'HHQ8s', 'Q') if bigtiff else ('H', 'HHI4s', 'I')
+    return [struct.Struct(byteorder + code) for code in codes]
 
 
 class TiffBytes(RandomAccess):
@@ -1888,17 +1879,18 @@ class TiffBytes(RandomAccess):
 
     def numbers(self, type_, count, offset):
         """Return a tuple of unsigned integers of a type."""
-        return struct.unpack(f'{self.byteorder}{count}{NUMBERS[type_]}', self.read(offset, count * TYPE_SIZES[type_]))
+        data = self.read(offset, count * TYPE_SIZES[type_])
+        return struct.unpack(f'{self.byteorder}{count}{NUMBERS[type_]}', data)
 
     def declared(self, offset, size):
-        """Return bytes that belong to a directory or are a value in it; Damage if the file can't hold all of them."""
+        """Return bytes of a directory or of a value in it; Damage if the file can't hold all of them."""
         self._left -= size
         if self._left < 0:
             raise Damage('its directories and their values are larger than itself')
         return self.read(offset, size)
 
     def directory(self, offset):
-        """Return (code, type, count, offset of the value) of all entries, and the offset of the next directory."""
+        """Return all (code, type, count, offset of the value), and the offset of the next directory."""
         head, entry, pointer = directory_structs(self.byteorder, self.bigtiff)
         if offset in self._directories:
             raise Damage(f'the directory at byte {offset} is referred to twice')
@@ -1918,7 +1910,7 @@ class TiffBytes(RandomAccess):
 
 
 def pack_head(byteorder, bigtiff, offset=None):
-    """Return the bytes that a file begins with, and that lead to the first directory, by default behind them."""
+    """Return the bytes that a file begins with; they lead to the first directory, by default behind them."""
     magic = b'II' if byteorder == '<' else b'MM'
     if bigtiff:
         return magic + struct.pack(byteorder + 'HHHQ', 43, 8, 0, offset or 16)
@@ -1926,7 +1918,7 @@ def pack_head(byteorder, bigtiff, offset=None):
 
 
 def pack_directory(tags, offset, byteorder, bigtiff):
-    """Return the bytes of a directory at `offset`, which is even, with the values and sub-directories behind it."""
+    """Return the bytes of a directory at an even offset, with values and sub-directories behind it."""
     head, entry, pointer = directory_structs(byteorder, bigtiff)
     entries, values, end = [], [], offset + head.size + len(tags) * entry.size + pointer.size
     for code, type_, count, value in sorted(tags, key=lambda tag: tag.code):
@@ -1947,7 +1939,7 @@ EXIF, GPS, INTEROPERABILITY, ICC, XMP, DESCRIPTION = 34665, 34853, 40965, 34675,
 METAMORPH, IMAGEJ = range(33628, 33632), (50838, 50839)  # of all planes of a stack
 SUB_DIRECTORIES = {None: {EXIF, GPS, INTEROPERABILITY}, EXIF: {INTEROPERABILITY}}  # of which directory
 # Tags that say how the pixels are stored: the output has its own. 254, 255, 297: kind and number of the page.
-STRUCTURE_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 288, 289, 292, 293, 297, 317,
+STRUCTURE_TAGS = {*range(254, 260), 262, 266, 273, 277, 278, 279, 284, 288, 289, 292, 293, 297, 317,
                   *range(322, 326), 330, 338, 339, 347, 400, *range(512, 522)}
 # Tags that show or describe the old pixels: smallest and largest value, Photoshop's layers.
 STALE_TAGS = {280, 281, 37724}
@@ -1957,9 +1949,9 @@ LAYOUT_TAGS = STRUCTURE_TAGS - {330, 400} | {32997, 32998}
 PER_SAMPLE_TAGS = {340, 341}  # smallest and largest possible value, one a sample
 # Compressions that come apart into segments, and how many bytes one byte can stand for at most.
 COMPRESSIONS = {1: 1, 5: 1400, 8: 1040, 32946: 1040, 32773: 64, 34925: 10000, 50000: 44000}
-NAMES_OF_COLORS = {3: 'a palette', 4: 'a transparency mask', 5: 'CMYK', 6: 'YCbCr', 8: 'CIE Lab', 9: 'ICC Lab',
-                   10: 'ITU Lab', 32803: 'a raw color filter array', 34892: 'linear raw', 32844: 'CIE Log L',
-                   32845: 'CIE Log Luv'}
+NAMES_OF_COLORS = {3: 'a palette', 4: 'a transparency mask', 5: 'CMYK', 6: 'YCbCr', 8: 'CIE Lab',
+                   9: 'ICC Lab', 10: 'ITU Lab', 32803: 'a raw color filter array', 34892: 'linear raw',
+                   32844: 'CIE Log L', 32845: 'CIE Log Luv'}
 
 
 class TiffProfile(NamedTuple):
@@ -1976,7 +1968,7 @@ class TiffProfile(NamedTuple):
 
 
 class TiffImage(Picture):
-    """An open TIFF picture, with a TiffProfile. Gray ones whose zero is white are read inverted: light is positive.
+    """An open TIFF picture. Gray ones whose zero is white are read inverted: light is positive.
 
     Memory: of an uncompressed file, no more than the rows asked for. Of a compressed one, the segments
     (strips or tiles) that hold the rows, decoded, and those of the requests under way in other threads.
@@ -1994,17 +1986,16 @@ class TiffImage(Picture):
         self.shape = page.imagelength, page.imagewidth, 3 if page.photometric == 2 else 1
         extra_samples = [int(kind) for kind in page.extrasamples]
         self._unreadable = []
-        tags, n_skipped = self._read_tags(entries), self._count_pictures(next_directory)
+        tags, n_pages = self._read_tags(entries), 1 + self._count_pictures(next_directory)
         self.warnings += [f'{what} cannot be read and is left out' for what in self._unreadable[:3]]
         if n_more := len(self._unreadable[3:]):
             self.warnings.append(f'{n_more} more tags cannot be read and are left out')
-        plane = self.shape[0] * self.shape[1] * self.n_samples
-        tags, n_planes = first_of_stack(tags, n_skipped + 1, plane, file.size // (plane * self.dtype.itemsize))
-        self.profile = TiffProfile(self.shape, self.n_samples, self.dtype, int(page.photometric), extra_samples,
-                                   file.byteorder, file.bigtiff, tags)
-        if n_skipped := max(n_skipped, n_planes - 1):
-            self.warnings.append(f'only the first of {n_skipped + 1} pages is corrected, '
-                                 f'{n_skipped} {"is" if n_skipped == 1 else "are"} left out')
+        tags, n_pages = first_of_stack(tags, n_pages, math.prod(page.shape), file.size // page.nbytes)
+        self.profile = TiffProfile(self.shape, self.n_samples, self.dtype, int(page.photometric),
+                                   extra_samples, file.byteorder, file.bigtiff, tags)
+        if n_pages > 1:
+            verb = 'is' if n_pages == 2 else 'are'
+            self.warnings.append(f'only the first of {n_pages} pages is corrected, {n_pages - 1} {verb} left out')
         self._grid = grid_of_segments(page)
         # Filled backward or differenced bytes have to be decoded whole, like compressed ones.
         self._is_plain = page.compression == 1 and page.fillorder == 1
@@ -2012,7 +2003,7 @@ class TiffImage(Picture):
         self._decoded, self._lock = collections.OrderedDict(), threading.Lock()
 
     def _read_layout(self, entries):
-        """Return a tifffile.TiffPage made from the tags of the layout alone: nothing else in the file matters."""
+        """Return a tifffile.TiffPage made from the tags of the layout alone."""
         file, tags = self._bytes, {}
         for code, type_, count, offset in entries:
             if code in LAYOUT_TAGS and type_ in TYPE_SIZES:
@@ -2070,7 +2061,7 @@ class TiffImage(Picture):
         return np.frombuffer(data, dtype).reshape(stop - start, width, samples)
 
     def _decode_once(self, index, n_segments):
-        """Return a decoded segment; the last ones used are kept, since groups of rows and segments overlap."""
+        """Return a decoded segment; the last ones are kept, since groups of rows and segments overlap."""
         with self._lock:
             future = self._decoded.pop(index, None)
             if is_new := future is None:
@@ -2099,7 +2090,8 @@ class TiffImage(Picture):
                 elif type_ in (13, 18) or code in SUB_DIRECTORIES[None]:
                     raise Damage('it points to a directory of unknown use')
                 else:
-                    tags.append(Tag(code, type_, count, self._bytes.declared(offset, count * TYPE_SIZES[type_])))
+                    value = self._bytes.declared(offset, count * TYPE_SIZES[type_])
+                    tags.append(Tag(code, type_, count, value))
             except (KeyError, Damage, struct.error, OverflowError) as error:
                 what = NAMES_OF_TAGS.get(code, f'tag {code}')
                 if code in (ICC, XMP):
@@ -2109,7 +2101,7 @@ class TiffImage(Picture):
         return tags
 
     def _count_pictures(self, directory):
-        """Return how many of the further pages are pictures of their own: neither reduced nor levels of a pyramid."""
+        """Return how many further pages are pictures: neither reduced ones nor levels of a pyramid."""
         height, width, _ = self.shape
         n_pictures, seen = 0, {0, self._page.offset}
         while directory not in seen and len(seen) < 10000:
@@ -2128,9 +2120,10 @@ class TiffImage(Picture):
 
 
 def first_of_stack(tags, n_pages, n_values, most):
-    """Return tags that hold of the first plane alone, and how many planes of n_values they told of, if not above most.
+    """Return tags that hold of the first plane alone, and the number of pages or of planes they tell of.
 
-    ImageJ and MetaMorph write a stack as one page, and tifffile and OME describe all pages in the first.
+    A plane has n_values; tags that tell of more planes than `most` are wrong. ImageJ and MetaMorph write a
+    stack as one page, and tifffile and OME describe all pages in the first.
     """
     text = next((tag.value for tag in tags if tag.code == DESCRIPTION and tag.type == 2), b'')
     n_planes = next((tag.count for tag in tags if tag.code == METAMORPH[1]), 1)
@@ -2142,10 +2135,10 @@ def first_of_stack(tags, n_pages, n_values, most):
     elif b'<OME' in text:
         text = b''
     if n_planes > most or max(n_planes, n_pages) == 1:
-        return tags, 1
+        return tags, n_pages
     stale = {*METAMORPH, *IMAGEJ, *(() if text else [DESCRIPTION])}
     return [tag._replace(count=len(text), value=text) if tag.code == DESCRIPTION else tag for tag in tags
-            if tag.code not in stale], n_planes
+            if tag.code not in stale], max(n_pages, n_planes)
 
 
 def invert(rows):
@@ -2160,8 +2153,8 @@ def check_layout(structure):
         if code not in structure:
             raise Damage(f'no {name} given')
     if structure.get(254, (0,))[0] & 1 or structure.get(255) == (2,):
-        raise RmgradientError('the first page is a thumbnail, as in camera raw pictures; develop it, or save the '
-                              'picture alone')
+        raise RmgradientError('the first page is a thumbnail, as in camera raw pictures; develop it, or save '
+                              'the picture alone')
     if any(len(set(structure.get(code, ()))) > 1 for code in (258, 339)):
         raise RmgradientError('channels have different types')
     if any(0 in structure.get(code, ()) for code in (278, 322, 323)):
@@ -2169,7 +2162,7 @@ def check_layout(structure):
 
 
 def check_page(page):
-    """Refuse a tifffile.TiffPage whose pixels are not of a kind that is processed, for the most telling reason."""
+    """Refuse a tifffile.TiffPage whose pixels are of a kind that is not processed."""
     colors, dtype, bits = 3 if page.photometric == 2 else 1, page.dtype, page.bitspersample
     if page.photometric not in (0, 1, 2):
         kind = NAMES_OF_COLORS.get(int(page.photometric), f'of unknown kind {int(page.photometric)}')
@@ -2179,18 +2172,18 @@ def check_page(page):
     if page.imagedepth != 1 or page.is_tiled and page.tiledepth != 1:
         raise RmgradientError('a volume; save a flat picture')
     if page.sampleformat not in (1, 2, 3):
-        kind = 'complex numbers' if page.sampleformat in (5, 6) else f'of unknown format {int(page.sampleformat)}'
-        raise RmgradientError(f'pixels are {kind}')
+        raise RmgradientError('pixels are complex numbers' if page.sampleformat in (5, 6) else
+                              f'pixels are of unknown format {int(page.sampleformat)}')
     if dtype is None or dtype.kind not in 'uif' or dtype.itemsize * 8 != bits:
         kind = 'floating point numbers' if page.sampleformat == 3 else 'integers'
         raise RmgradientError(f'pixels are {kind} of {bits} bits; convert the picture to 8, 16 or 32 bits')
     if page.samplesperpixel < colors:
         raise Damage(f'{page.samplesperpixel} channels instead of {colors}')
     if 1 in page.extrasamples:
-        raise RmgradientError('colors are multiplied by alpha; save without transparency or with unassociated alpha')
+        raise RmgradientError('colors are multiplied by alpha; save without transparency or with unassociated '
+                              'alpha')
     if len(page.extrasamples) not in (0, page.samplesperpixel - colors):
-        raise Damage(f'{len(page.extrasamples)} extra samples beside {colors} of '
-                     f'{page.samplesperpixel} channels')
+        raise Damage(f'{len(page.extrasamples)} extra samples beside {colors} of {page.samplesperpixel} channels')
     if page.planarconfig not in (1, 2):
         raise Damage(f'planar configuration {page.planarconfig}')
     if page.compression not in COMPRESSIONS:
@@ -2199,38 +2192,38 @@ def check_page(page):
     if page.predictor not in (1, 2, 3) or page.predictor == 3 and dtype.kind != 'f':
         raise Damage(f'predictor {int(page.predictor)} for {dtype}')
     if page.predictor != 1 and page.compression in (1, 32773):
-        raise RmgradientError('a predictor without a compression that has one: programs disagree what it means; '
-                              'save it anew')
+        raise RmgradientError('a predictor without a compression that has one: programs disagree what it '
+                              'means; save it anew')
 
 
 def grid_of_segments(page):
-    """Return height and width of the strips or tiles of a tifffile.TiffPage, the number of planes, rows and columns."""
-    height, width = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
+    """Return height and width of the strips or tiles of a tifffile.TiffPage, and how many planes, down, across."""
+    height, width = page.rowsperstrip, page.imagewidth
+    if page.is_tiled:
+        height, width = page.tilelength, page.tilewidth
     planes = page.samplesperpixel if page.planarconfig == 2 else 1
     return height, width, planes, -(-page.imagelength // height), -(-page.imagewidth // width)
 
 
 def check_segments(page, file_size):
-    """Refuse a tifffile.TiffPage without all of its strips or tiles; tifffile would read what is missing as zeros."""
+    """Refuse a tifffile.TiffPage without all of its segments; tifffile would read what is missing as zeros."""
     height, width, planes, down, across = grid_of_segments(page)
     offsets, sizes = page.dataoffsets, page.databytecounts
     if not len(offsets) == len(sizes) == across * down * planes:
-        raise Damage(f'{len(offsets)} offsets and {len(sizes)} sizes for '
-                     f'{across * down * planes} segments')
+        raise Damage(f'{len(offsets)} offsets and {len(sizes)} sizes for {across * down * planes} segments')
     row = width * page.samplesperpixel // planes * page.dtype.itemsize
     ratio = COMPRESSIONS[int(page.compression)]
     if page.is_tiled and (height > 2 * max(page.imagelength, 512) or width > 2 * max(page.imagewidth, 512)):
         raise Damage(f'tiles of {width} x {height} pixels')
     for i, (offset, size) in enumerate(zip(offsets, sizes)):
         n_rows = height if page.is_tiled else min(height, page.imagelength - i % down * height)
+        segment = f'segment {i} of {len(sizes)}'
         if size == 0 or offset == 0:
-            raise Damage(f'segment {i} of {len(sizes)} is missing')
+            raise Damage(f'{segment} is missing')
         if offset + size > file_size:
-            raise Damage(f'segment {i} of {len(sizes)} ends at byte {offset + size} '
-                         f'of a file of {file_size}')
+            raise Damage(f'{segment} ends at byte {offset + size} of a file of {file_size}')
         if n_rows * row > size * ratio:
-            raise Damage(f'segment {i} of {len(sizes)} has {size} bytes, '
-                         f'too few for {n_rows} rows of {row} bytes')
+            raise Damage(f'{segment} has {size} bytes, too few for {n_rows} rows of {row} bytes')
     if sum(sizes) > file_size:
         raise Damage(f'segments of {sum(sizes)} bytes overlap in a file of {file_size}')
 
@@ -2238,7 +2231,7 @@ def check_segments(page, file_size):
 # ---- TIFF output ----------------------------------------------------------------------------------------------------
 
 class TiffStrips:
-    """A TIFF like the one of a TiffProfile that is written strip by strip, of some rows, into a seekable file.
+    """A TIFF of a TiffProfile that is written strip by strip, of some rows, into a seekable file.
 
     `compress` is 0 or the level of deflate, with a predictor. tifffile writes most of what is needed, but
     neither rational numbers nor resolutions nor sub-directories byte for byte, so that the directory is put
