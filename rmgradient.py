@@ -2317,12 +2317,27 @@ class FitsHeader(NamedTuple):
     """A header of a FITS file, and the place of its data."""
 
     cards: list  # of 80 bytes, without END
-    keywords: set  # 8 bytes each, of the cards with a value in the standard's way
-    values: object  # the cards as an astropy.io.fits.Header
-    axes: list  # lengths, the fastest first
     start: int
     data: int  # where the data begin
-    end: int  # and end, without padding
+    axes: list = []  # lengths, the fastest first
+    end: int = 0  # of the data, without padding
+
+    def get(self, name, default=None):
+        """Return the value of the first card of a keyword that is written in the standard's way."""
+        from astropy.io.fits import Card
+        for card in self.cards:
+            if card.startswith(f'{name:8}='.encode()):
+                with warnings.catch_warnings():
+                    warnings.simplefilter('ignore')  # what is not as in the standard is copied as it is
+                    return Card.fromstring(card.decode('ascii', 'replace').replace('\ufffd', '?')).value
+        return default
+
+    def whole_number(self, name, default=None):
+        """Return a value that is a whole number; Damage if it is none."""
+        value = self.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise Damage(f'{name} is {value!r}, not a whole number')
+        return value
 
     @property
     def is_picture(self):
@@ -2330,22 +2345,9 @@ class FitsHeader(NamedTuple):
         is_array = self.start == 0 or str(self.get('XTENSION')).strip() == 'IMAGE'
         return self.get('ZIMAGE') is True or is_array and len(self.axes) > 1 and math.prod(self.axes) > 0
 
-    def get(self, name, default=None):
-        """Return the value of a keyword; astropy also takes HIERARCH ones and those in small letters for it."""
-        return self.values[name] if f'{name:8}'.encode() in self.keywords else default
-
-
-def whole_number(header, name, default=None):
-    """Return a whole number of a FitsHeader; Damage if it is none."""
-    value = header.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise Damage(f'{name} is {value!r}, not a whole number')
-    return value
-
 
 def read_header(file, start):
-    """Return the FitsHeader at an offset of a RandomAccess file; Damage if there is none, or its data are cut."""
-    from astropy.io.fits import Header
+    """Return the FitsHeader at an offset of a RandomAccess; Damage if there is none, or its data are cut."""
     cards, n = [], FITS_BLOCK // FITS_CARD
     while not any(ends := [card.rstrip() == b'END' for card in cards[-n:]]):
         if len(cards) == MOST_CARDS:
@@ -2355,17 +2357,12 @@ def read_header(file, start):
             raise Damage(f'no header at byte {start}')
         cards += [block[i:i + FITS_CARD] for i in range(0, FITS_BLOCK, FITS_CARD)]
     data = start + len(cards) * FITS_CARD
-    cards = cards[:len(cards) - n + ends.index(True)]
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # what is not as in the standard is copied as it is
-        values = Header.fromstring(b''.join(cards).decode('ascii', 'replace').replace('\ufffd', '?'))
-        keywords = {card[:8] for card in cards if card[8:9] == b'='}
-        header = FitsHeader(cards, keywords, values, [], start, data, data)
-        bits, n_axes = whole_number(header, 'BITPIX'), whole_number(header, 'NAXIS')
-        if bits not in (8, 16, 32, 64, -32, -64) or not 0 <= n_axes <= 999:
-            raise Damage(f'BITPIX is {bits}, and NAXIS is {n_axes}')
-        axes = [whole_number(header, f'NAXIS{i + 1}') for i in range(n_axes)]
-        groups, extra = whole_number(header, 'GCOUNT', 1), whole_number(header, 'PCOUNT', 0)
+    header = FitsHeader(cards[:len(cards) - n + ends.index(True)], start, data)
+    bits, n_axes = header.whole_number('BITPIX'), header.whole_number('NAXIS')
+    if bits not in (8, 16, 32, 64, -32, -64) or not 0 <= n_axes <= 999:
+        raise Damage(f'BITPIX is {bits}, and NAXIS is {n_axes}')
+    axes = [header.whole_number(f'NAXIS{i + 1}') for i in range(n_axes)]
+    groups, extra = header.whole_number('GCOUNT', 1), header.whole_number('PCOUNT', 0)
     if min(groups, extra, *axes) < 0:
         raise Damage('negative sizes')
     if header.get('GROUPS') is True and axes[:1] == [0]:
@@ -2382,11 +2379,11 @@ def padded(size):
 
 
 class FitsImage(Picture):
-    """An open FITS picture: the primary array, or the first image extension if that is empty; gray or three planes.
+    """An open FITS picture: the primary array, or the first image extension if that is empty.
 
-    Integers may have the offset that makes them unsigned (or signed bytes); nothing else may be scaled.
-    Rows are counted as they are stored. The standard: Pence et al. 2010, Astronomy and Astrophysics 524,
-    A42.
+    Gray or of three planes. Integers may have the offset that makes them unsigned (or signed bytes); nothing
+    else may be scaled. Rows are counted as they are stored. The standard: Pence et al. 2010, Astronomy and
+    Astrophysics 524, A42.
     """
 
     name, endings = 'FITS', ('.fits', '.fit', '.fts')
@@ -2407,15 +2404,15 @@ class FitsImage(Picture):
         bits, zero, scale = header.get('BITPIX'), header.get('BZERO', 0), header.get('BSCALE', 1)
         half = {8: -128, 16: 2**15, 32: 2**31, 64: 2**63}.get(bits)
         if scale != 1 or zero not in (0, half):
-            raise RmgradientError(f'values are scaled by BSCALE {scale} and BZERO {zero}; save them as they are, '
-                                  'integers or floating point numbers')
+            raise RmgradientError(f'values are scaled by BSCALE {scale} and BZERO {zero}; save them as they '
+                                  'are, integers or floating point numbers')
         kind = 'f' if bits < 0 else 'u' if bits == 8 else 'i'
-        self.stored = np.dtype(f'>{kind}{abs(bits) // 8}')
-        self.dtype = self.stored.newbyteorder('=')
+        self._stored = np.dtype(f'>{kind}{abs(bits) // 8}')
+        self.dtype = self._stored.newbyteorder('=')
         if zero:
             self.dtype = np.dtype(f'{"i" if kind == "u" else "u"}{self.dtype.itemsize}')
         if kind != 'f' and header.get('BLANK') is not None:
-            blank, limits = whole_number(header, 'BLANK') + int(zero), np.iinfo(self.dtype)
+            blank, limits = header.whole_number('BLANK') + int(zero), np.iinfo(self.dtype)
             self.blank = blank if limits.min <= blank <= limits.max else None
         self.bottom_up = str(header.get('ROWORDER')).strip().upper() != 'TOP-DOWN'
 
@@ -2436,30 +2433,29 @@ class FitsImage(Picture):
         if not found:
             raise RmgradientError('there is no picture in it, only tables or nothing')
         if len(found) > 1:
-            self.warnings.append(f'only the first of {len(found)} pictures is corrected, the rest is copied as it is')
+            self.warnings.append(f'only the first of {len(found)} pictures is corrected, the rest is copied')
         return found[0]
 
     def read(self, start, stop, left=0, right=None):
         """Return rows start to stop - 1 as a (n_rows, n_columns, n_samples) ndarray in native byte order."""
         height, width, planes = self.shape
-        n_columns, item = (right or width) - left, self.stored.itemsize
-        window = np.empty((stop - start, n_columns, planes), self.stored.newbyteorder('='))
+        n_columns, item = (right or width) - left, self._stored.itemsize
+        window = np.empty((stop - start, n_columns, planes), self._stored.newbyteorder('='))
         step = stop - start if n_columns == width else 1  # rows that are read at once
         for plane, row in itertools.product(range(planes), range(0, stop - start, step)):
             first = (plane * height + start + row) * width + left
             with self._damage():
                 data = self._bytes.read(self._header.data + first * item, step * n_columns * item)
-            window[row:row + step, :, plane] = np.frombuffer(data, self.stored).reshape(-1, n_columns)
+            window[row:row + step, :, plane] = np.frombuffer(data, self._stored).reshape(-1, n_columns)
         return window if self.dtype == window.dtype else turn_sign(window, self.dtype)
 
     def writer(self, file, kind, rows, compress):
         """Return a FitsPlanes; there are no strips, and there is no compression."""
-        return FitsPlanes(file, self._bytes, self._header, self.stored, kind)
+        return FitsPlanes(file, self._bytes, self._header, self._stored, kind)
 
 
 class FitsPlanes:
-    """A FITS file like another, the source, whose planes are written group of rows by group of rows into a seekable
-    file.
+    """A FITS file like another, the source, whose planes are written rows by rows into a seekable file.
 
     All other headers and data are copied, and all cards but those that describe the old pixels; a HISTORY
     card is new. `header` is that of the picture, `stored` the dtype in the file, kind 'output' or
@@ -2467,13 +2463,14 @@ class FitsPlanes:
     """
 
     def __init__(self, file, source, header, stored, kind):
-        self._file, self._source, self._header, self._stored, self._row = file, source, header, stored, 0
-        what = {'output': 'background gradient removed', 'background': 'background gradient of the picture'}[kind]
-        cards, is_stale = [], False
+        self._file, self._source, self._header, self._stored = file, source, header, stored
+        self._row, cards, is_stale = 0, [], False
         for card in header.cards:
             is_stale = card[:8] in STALE_CARDS or is_stale and card.startswith(b'CONTINUE')
             cards += [] if is_stale else [card]
-        text = b''.join([*cards, f'HISTORY rmgradient {__version__}: {what}'.encode().ljust(FITS_CARD), b'END'])
+        what = 'background gradient ' + ('removed' if kind == 'output' else 'of the picture')
+        history = f'HISTORY rmgradient {__version__}: {what}'.encode().ljust(FITS_CARD)
+        text = b''.join([*cards, history, b'END'])
         self._copy(0, header.start)
         file.write(text.ljust(padded(len(text))))
         self._start = file.tell()
