@@ -123,7 +123,7 @@ OUTPUTS = {'output': '', 'background': '', 'save_points': '.txt', 'preview': '.p
 SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 
 
-# ---- Errors ---------------------------------------------------------------------------------------------------------
+# ---- Errors --------------------------------------------------------------------------------------
 
 class RmgradientError(ValueError):
     """Something that the user can correct."""
@@ -156,7 +156,7 @@ def about(name):
         raise NamedError(f'{name}: {error.strerror or error}') from error
 
 
-# ---- Points ---------------------------------------------------------------------------------------------------------
+# ---- Points --------------------------------------------------------------------------------------
 
 MOST_POINTS = 5000  # that a model is fitted to: time grows with the third power, memory with the second
 SEPARATORS = r'[\s,;()\[\]{}]+'  # of coordinates
@@ -318,7 +318,7 @@ def check_points(points, height, width, radius):
                               f'use a smaller sigma or move {them}')
 
 
-# ---- Levels ---------------------------------------------------------------------------------------------------------
+# ---- Levels --------------------------------------------------------------------------------------
 
 def blur_kernel(sigma):
     """Return the (2 * radius + 1,) weights, of sum 1, of a Gaussian cut off at radius = ceil(3 sigma)."""
@@ -424,7 +424,7 @@ def row_groups(height, rows=ROWS):
     return [(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
-# ---- Choice of the model --------------------------------------------------------------------------------------------
+# ---- Choice of the model -------------------------------------------------------------------------
 
 SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the distance between points
 SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
@@ -657,7 +657,7 @@ def leave_out(choice, out):
                            standardized=standardized)
 
 
-# ---- Model ----------------------------------------------------------------------------------------------------------
+# ---- Model ---------------------------------------------------------------------------------------
 
 BLOCK = 2**17  # float64 values at a time: fewer make threads wait for the interpreter, more leave the cache
 
@@ -732,7 +732,7 @@ class BackgroundModel:
         return background
 
     def _panels(self, start, stop, width):
-        """Yield top and matrix of each panel of rows, and (n_nodes, width, n_channels) values at its nodes."""
+        """Yield top and matrix of each panel of rows, and (n_nodes, width, n_channels) values at nodes."""
         x_nodes, x_matrix = chebyshev_panels(width, self.epsilon)
         y_nodes, y_matrix = chebyshev_panels(stop - start, self.epsilon)
         for top, nodes in zip(range(0, stop - start, len(y_matrix)), start + y_nodes):
@@ -741,7 +741,7 @@ class BackgroundModel:
             yield top, y_matrix[:stop - start - top], np.ascontiguousarray(along_x.transpose(1, 0, 2))
 
     def _at_nodes(self, x, y):
-        """Return (len(x), len(y), n_channels) values on a grid, `BLOCK` pairs of node and center at a time."""
+        """Return (len(x), len(y), n_channels) values, `BLOCK` pairs of node and center at a time."""
         center_x, center_y = self.centers.T
         scale = 1 / self.epsilon
         below = ((y[:, None] - center_y) * scale) ** 2 + 1
@@ -826,7 +826,7 @@ def fit_background(points: Points, levels: np.ndarray, smooth: float | str = 'au
     return BackgroundModel(points.centers, rbf.nodes, rbf.epsilon, np.zeros((3, levels.shape[1])))
 
 
-# ---- Misfits --------------------------------------------------------------------------------------------------------
+# ---- Misfits -------------------------------------------------------------------------------------
 
 MISFIT = 6.0  # a point is worth a warning if it is off by this many standard deviations
 
@@ -914,7 +914,7 @@ def robust_std(errors):
     return 1.4826 * np.median(np.abs(errors), axis=0) + TINY
 
 
-# ---- Reference ------------------------------------------------------------------------------------------------------
+# ---- Reference -----------------------------------------------------------------------------------
 
 REFERENCE_AUTO = 24  # cells along the longer side: on nebulae, too, the more the better
 REFERENCE_MISFIT = 5.0  # typical errors: a point that fits the reference worse is left out
@@ -963,9 +963,8 @@ def fit_beside_reference(points: Points, levels: np.ndarray, reference: np.ndarr
         some = points.subset(kept)
         model, scale, error, correlation = _fit_scale(some, levels[kept], light[kept])
         if correlation.max() < LEAST_CORRELATION:
-            raise RmgradientError('details correlate with those of the picture by '
-                                  f'{in_words(correlation)} only; is it registered, and does it show the same '
-                                  'field?')
+            raise RmgradientError(f'details correlate with those of the picture by {in_words(correlation)} '
+                                  'only; is it registered, and does it show the same field?')
         standardized = np.abs(model.choice.standardized)
         misfits = (standardized > REFERENCE_MISFIT * robust_std(standardized)).any(axis=1)
         if not n_left or not misfits.any() or kept.sum() - misfits.sum() < LEAST_PLACES:
@@ -1004,7 +1003,7 @@ def check_reference(shape, reference_shape):
                               'give a gray one or the same')
 
 
-# ---- Automatic points -----------------------------------------------------------------------------------------------
+# ---- Automatic points ----------------------------------------------------------------------------
 
 FIRST_STEPS, MOST_STARTS = 3, 10  # of concentration: then only the most promising starts go on
 MOST_CELLS = 30  # along the longer side: more take minutes
@@ -1017,7 +1016,7 @@ NEIGHBORS = 1.7  # cells: places no farther are neighbors, also across a corner
 RIM = 0.4  # a place with a larger part of its neighbors off the surface is on the rim of a nebula
 CORNER = 6  # places: a smaller group in a corner is a glow that ends there
 GROUP = 3  # neighbors off the surface are a nebula or the end of a glow; fewer are stars
-MOST_END, ROUGH = 0.2, 6.0  # part of all places, typical errors: a larger or rougher group is no end of a glow
+MOST_END, ROUGH = 0.2, 6.0  # part of places, typical errors: a larger or rougher group is no end of a glow
 STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to be left out, to come back, and beside a nebula
 LEAST_GIVEN = 5  # certain points that others can grow from: of fewer, none is predicted by the others
 AS_PREDICTED, ROUNDS = 2.0, 30  # typical errors within which a place joins, and most rounds of judging all
@@ -1123,8 +1122,8 @@ def join_quiet_places(image, n, sigma, given, starmap=itertools.starmap):
         places = places[distances_between(places.astype(float), given.centers).min(axis=1) > 2 * sigma]
     n_given = len(given.x)
     if n_given + len(places) < LEAST_PLACES:
-        raise RmgradientError(f'too few places of empty sky, {len(places)}; choose more, use a smaller sigma, '
-                              'or give points')
+        raise RmgradientError(f'too few places of empty sky, {len(places)}; choose more, use a smaller '
+                              'sigma, or give points')
     sources = given.sources and (*given.sources, *[''] * len(places))
     return Points(*np.hstack([given[:3], [*places.T, n_given + np.arange(len(places))]]), sources)
 
@@ -1472,7 +1471,7 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
     return np.stack([x.ravel()[first], y.ravel()[first]], axis=1)
 
 
-# ---- Sky level ------------------------------------------------------------------------------------------------------
+# ---- Sky level -----------------------------------------------------------------------------------
 
 SKIES = 'gray', 'color', 'darkest'
 
@@ -1568,7 +1567,7 @@ def check_divisor(model, height, width, rows=ROWS):
                               'to divide by it, it must be positive everywhere')
 
 
-# ---- Correction -----------------------------------------------------------------------------------------------------
+# ---- Correction ----------------------------------------------------------------------------------
 
 METHODS = 'subtract', 'stretch', 'divide'
 
@@ -1733,7 +1732,7 @@ def correct_binned(picture, background, method, sky, dtype):
     return after, ((after <= lowest) & (picture > lowest)).any(axis=2)
 
 
-# ---- Pictures -------------------------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 
 class RandomAccess:
     """The bytes of an open file; may be read from several threads."""
@@ -1840,7 +1839,7 @@ def read_binned(image, left, right, top, bottom, n=1000):
     return np.stack(rows), factor
 
 
-# ---- TIFF directories -----------------------------------------------------------------------------------------------
+# ---- TIFF directories ----------------------------------------------------------------------------
 
 SHORT, LONG, LONG8, IFD8 = 3, 4, 16, 18
 TYPE_SIZES = {code: struct.calcsize(f'={kind}') for code, kind in tifffile.TIFF.DATA_FORMATS.items()}
@@ -1933,7 +1932,7 @@ def pack_directory(tags, offset, byteorder, bigtiff):
     return b''.join([head.pack(len(tags)), *entries, pointer.pack(0), *values])
 
 
-# ---- TIFF input -----------------------------------------------------------------------------------------------------
+# ---- TIFF input ----------------------------------------------------------------------------------
 
 EXIF, GPS, INTEROPERABILITY, ICC, XMP, DESCRIPTION = 34665, 34853, 40965, 34675, 700, 270
 METAMORPH, IMAGEJ = range(33628, 33632), (50838, 50839)  # of all planes of a stack
@@ -1995,7 +1994,8 @@ class TiffImage(Picture):
                                    extra_samples, file.byteorder, file.bigtiff, tags)
         if n_pages > 1:
             verb = 'is' if n_pages == 2 else 'are'
-            self.warnings.append(f'only the first of {n_pages} pages is corrected, {n_pages - 1} {verb} left out')
+            self.warnings.append(f'only the first of {n_pages} pages is corrected, '
+                                 f'{n_pages - 1} {verb} left out')
         self._grid = grid_of_segments(page)
         # Filled backward or differenced bytes have to be decoded whole, like compressed ones.
         self._is_plain = page.compression == 1 and page.fillorder == 1
@@ -2180,10 +2180,11 @@ def check_page(page):
     if page.samplesperpixel < colors:
         raise Damage(f'{page.samplesperpixel} channels instead of {colors}')
     if 1 in page.extrasamples:
-        raise RmgradientError('colors are multiplied by alpha; save without transparency or with unassociated '
-                              'alpha')
+        raise RmgradientError('colors are multiplied by alpha; save without transparency, or with '
+                              'unassociated alpha')
     if len(page.extrasamples) not in (0, page.samplesperpixel - colors):
-        raise Damage(f'{len(page.extrasamples)} extra samples beside {colors} of {page.samplesperpixel} channels')
+        raise Damage(f'{len(page.extrasamples)} extra samples beside {colors} of {page.samplesperpixel} '
+                     'channels')
     if page.planarconfig not in (1, 2):
         raise Damage(f'planar configuration {page.planarconfig}')
     if page.compression not in COMPRESSIONS:
@@ -2197,7 +2198,7 @@ def check_page(page):
 
 
 def grid_of_segments(page):
-    """Return height and width of the strips or tiles of a tifffile.TiffPage, and how many planes, down, across."""
+    """Return height and width of the segments of a tifffile.TiffPage, and how many planes, down, across."""
     height, width = page.rowsperstrip, page.imagewidth
     if page.is_tiled:
         height, width = page.tilelength, page.tilewidth
@@ -2206,7 +2207,7 @@ def grid_of_segments(page):
 
 
 def check_segments(page, file_size):
-    """Refuse a tifffile.TiffPage without all of its segments; tifffile would read what is missing as zeros."""
+    """Refuse a tifffile.TiffPage without all of its segments, which tifffile would read as zeros."""
     height, width, planes, down, across = grid_of_segments(page)
     offsets, sizes = page.dataoffsets, page.databytecounts
     if not len(offsets) == len(sizes) == across * down * planes:
@@ -2228,7 +2229,7 @@ def check_segments(page, file_size):
         raise Damage(f'segments of {sum(sizes)} bytes overlap in a file of {file_size}')
 
 
-# ---- TIFF output ----------------------------------------------------------------------------------------------------
+# ---- TIFF output ---------------------------------------------------------------------------------
 
 class TiffStrips:
     """A TIFF of a TiffProfile that is written strip by strip, of some rows, into a seekable file.
@@ -2306,7 +2307,7 @@ class TiffStrips:
         self._file.write(pack_head(order, self.bigtiff, offset))
 
 
-# ---- FITS -----------------------------------------------------------------------------------------------------------
+# ---- FITS ----------------------------------------------------------------------------------------
 
 FITS_BLOCK, FITS_CARD = 2880, 80  # bytes
 MOST_CARDS, MOST_HEADERS = 36000, 100  # of a header, and headers before the picture: beyond is damage
@@ -2502,7 +2503,7 @@ class FitsPlanes:
         self._file.write(bytes(padded(end) - end))
 
 
-# ---- Formats --------------------------------------------------------------------------------------------------------
+# ---- Formats -------------------------------------------------------------------------------------
 
 # What else users have, by its first bytes, and the way out.
 OTHER_FORMATS = {
@@ -2514,13 +2515,12 @@ OTHER_FORMATS = {
     rb'\x1f\x8b': 'compressed by gzip; unpack it: gunzip FILE',
     rb'BZh': 'compressed by bzip2; unpack it: bunzip2 FILE',
     rb'....ftyp(heic|heix|mif1|avif)': 'a HEIF picture; convert it to TIFF',
-    rb'II\*\0....CR|....ftypcrx|FUJIFILM|IIR[OS]|MMOR|IIU\0|\0MRM|FOVb': 'a camera raw picture; develop it, with '
-    'Siril, RawTherapee, or: dcraw -T -4 FILE'}
-FORMATS = {ending: name for name, endings in {
-    'JPEG': '.jpg .jpeg', 'PNG': '.png', 'GIF': '.gif', 'BMP': '.bmp', 'WebP': '.webp', 'HEIF': '.heic .heif .avif',
-    'XISF': '.xisf', 'Photoshop': '.psd', 'JPEG 2000': '.jp2', 'JPEG XL': '.jxl', 'compressed FITS': '.fz .gz',
-    }.items() for ending in endings.split()} | {ending: kind.name for kind in (TiffImage, FitsImage)
-                                                for ending in kind.endings}
+    rb'II\*\0....CR|....ftypcrx|FUJIFILM|IIR[OS]|MMOR|IIU\0|\0MRM|FOVb':
+        'a camera raw picture; develop it, with Siril, RawTherapee, or: dcraw -T -4 FILE'}
+ENDINGS = {'TIFF': TiffImage.endings, 'FITS': FitsImage.endings, 'JPEG': ('.jpg', '.jpeg'), 'PNG': ('.png',),
+           'GIF': ('.gif',), 'BMP': ('.bmp',), 'WebP': ('.webp',), 'HEIF': ('.heic', '.heif', '.avif'),
+           'XISF': ('.xisf',), 'Photoshop': ('.psd',), 'JPEG 2000': ('.jp2',), 'JPEG XL': ('.jxl',),
+           'compressed FITS': ('.fz', '.gz')}
 
 
 def open_picture(path: str) -> Picture:
@@ -2541,15 +2541,16 @@ def open_picture(path: str) -> Picture:
 
 
 def check_output(image, path, compress):
-    """Raise RmgradientError if an output can't be as the image is: by the ending of its name, or compressed."""
+    """Raise RmgradientError if an output can't be as the image is: by its ending, or compressed."""
     if compress and not image.can_compress:
         raise RmgradientError(f'{image.name} is written without compression; leave out --compress')
-    name = FORMATS.get(os.path.splitext(path)[1].lower(), image.name)
-    if name != image.name:
-        raise RmgradientError(f'the output is a {image.name} as the input is, not {name}; name it {image.endings[0]}')
+    for name, endings in ENDINGS.items():
+        if path.lower().endswith(endings) and name != image.name:
+            raise RmgradientError(f'the output is a {image.name} as the input is, not {name}; '
+                                  f'name it {image.endings[0]}')
 
 
-# ---- Files ----------------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 def check_paths(inputs, outputs, overwrite):
     """Raise RmgradientError if an output can't be written or would harm an input or another output."""
@@ -2577,8 +2578,7 @@ def check_paths(inputs, outputs, overwrite):
                 raise RmgradientError('is not a regular file')
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise RmgradientError(f'no permission to write in the folder {folder}')
-            if exists and os.stat(folder).st_mode & stat.S_ISVTX and hasattr(os, 'geteuid') and os.geteuid() not in (
-                    0, os.stat(real).st_uid, os.stat(folder).st_uid):
+            if exists and not _may_replace(real, folder):
                 raise RmgradientError(f'no permission to replace a file of others in the folder {folder}')
 
 
@@ -2588,6 +2588,13 @@ def _identity(path):
     return found.st_dev, found.st_ino
 
 
+def _may_replace(path, folder):
+    """Tell whether a file is ours to replace; in a sticky folder those of others are not."""
+    owners = 0, os.stat(path).st_uid, os.stat(folder).st_uid
+    is_sticky = os.stat(folder).st_mode & stat.S_ISVTX
+    return not is_sticky or not hasattr(os, 'geteuid') or os.geteuid() in owners
+
+
 def is_device(path):
     """Tell whether a path is a device, which is written to instead of replaced."""
     return os.path.exists(path) and stat.S_ISCHR(os.stat(path).st_mode)
@@ -2595,7 +2602,7 @@ def is_device(path):
 
 @contextlib.contextmanager
 def whole_files(outputs, overwrite):
-    """Give files to write, {key: file} for {key: path}, that all appear when the block ends well, or none of them.
+    """Give files to write, {key: file} for {key: path}, that all appear when the block ends well, or none.
 
     The paths are checked by `check_paths`. A symbolic link stays, and the file that it points to is
     written. If files may not be replaced, one that appears meanwhile is left alone, and is an error.
@@ -2742,7 +2749,7 @@ def signals_handled(handler):
             signal.signal(number, handler)
 
 
-# ---- Preview --------------------------------------------------------------------------------------------------------
+# ---- Preview -------------------------------------------------------------------------------------
 
 def stretch_midtones(picture, like=None):
     """Return a picture in 0 ... 1, stretched so that faint light shows, with one curve for all channels.
@@ -2771,24 +2778,24 @@ def draw_points(axes, points, bad, radius, numbered):
     from matplotlib.collections import EllipseCollection, LineCollection
     from matplotlib.patheffects import withStroke
     colors = np.where(np.isin(np.arange(len(points.x)), bad), 'red', 'orange').tolist()
-    rings = EllipseCollection(2 * radius, 2 * radius, 0, units='xy', offsets=points.centers, facecolors='none',
-                              transOffset=axes.transData, edgecolors=colors)
+    rings = EllipseCollection(2 * radius, 2 * radius, 0, units='xy', offsets=points.centers,
+                              transOffset=axes.transData, facecolors='none', edgecolors=colors)
     isolines = [points.centers[points.leader == first] for first in np.unique(points.leader)]
-    drawn = [axes.add_collection(LineCollection(isolines, colors='orange', linewidths=1)), axes.add_collection(rings),
-             axes.scatter(points.x, points.y, s=2, c=colors),
+    drawn = [axes.add_collection(LineCollection(isolines, colors='orange', linewidths=1)),
+             axes.add_collection(rings), axes.scatter(points.x, points.y, s=2, c=colors),
              axes.scatter(points.x[bad], points.y[bad], s=80, c='red', marker='x')]
-    if numbered:
-        outline = [withStroke(linewidth=2, foreground='black')]
-        drawn += [axes.annotate(str(i + 1), center, (3, 3), textcoords='offset points', color=color, fontsize=8,
-                                path_effects=outline) for i, (center, color) in enumerate(zip(points.centers, colors))]
+    outline = [withStroke(linewidth=2, foreground='black')]
+    for i, (center, color) in enumerate(zip(points.centers, colors) if numbered else ()):
+        drawn.append(axes.annotate(str(i + 1), center, (3, 3), textcoords='offset points', color=color,
+                                   fontsize=8, path_effects=outline))
     return drawn
 
 
 def draw_preview(file, kind, image, points, misfits, model, method, sky, radius):
-    """Draw the points on the picture, the background with its contour lines, and the result; blue is what became black.
+    """Draw the picture with its points, the background with contour lines, and the result into a binary file.
 
-    Into a binary file, as 'png', 'pdf' or 'svg'; misfits are indices of points, method and sky as in
-    `correct`.
+    Kind is 'png', 'pdf' or 'svg'; misfits are indices of points, method and sky as in `correct`. What became
+    black is blue.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -2818,13 +2825,14 @@ def draw_preview(file, kind, image, points, misfits, model, method, sky, radius)
         y, x = (factor * (np.arange(n) + 0.5) - 0.5 for n in level.shape)
         lines = panels[1].contour(x, y, level, 8, colors='white', linewidths=0.7)
         middle = np.array([width, height]) / 2
-        places = [min(path.vertices, key=lambda place: np.hypot(*(place - middle))) for path in lines.get_paths()
-                  if len(path.vertices)]  # away from the border, which would cut the numbers
+        # Numbers stand away from the border, which would cut them.
+        places = [min(path.vertices, key=lambda place: np.hypot(*(place - middle)))
+                  for path in lines.get_paths() if len(path.vertices)]
         panels[1].clabel(lines, fontsize=7, fmt=lambda value: in_words([value]), manual=places)
     figure.savefig(file, format=kind, dpi=130)
 
 
-# ---- Editor ---------------------------------------------------------------------------------------------------------
+# ---- Editor --------------------------------------------------------------------------------------
 
 class Editor:
     """A window to set points by hand, with the background or the result beside the picture.
@@ -2834,8 +2842,8 @@ class Editor:
     Enter closed it.
     """
 
-    HELP = ('click: add, Shift-click: to the isoline, drag: move, right click or Delete: remove, Ctrl-Z, Ctrl-Y; '
-            'a: automatic, v: view, s: save, Enter: write, Escape: leave')
+    HELP = ('click: add, Shift-click: to the isoline, drag: move, right click or Delete: remove, Ctrl-Z, '
+            'Ctrl-Y; a: automatic, v: view, s: save, Enter: write, Escape: leave')
 
     def __init__(self, image, pairs, settings, title, save):
         import matplotlib.pyplot as plt
@@ -2846,16 +2854,17 @@ class Editor:
         self.unusable, self.misfits, self.model = {}, [], None
         height, width, _ = image.shape
         self._picture, self._factor = read_binned(image, 0, width, 0, height, 700)  # as large as it is drawn
-        self.figure, (self.left, self.right) = plt.subplots(1, 2, figsize=(14, 6), layout='constrained', sharex=True,
-                                                            sharey=True)
+        self.figure, panels = plt.subplots(1, 2, figsize=(14, 6), layout='constrained',
+                                           sharex=True, sharey=True)
+        self.left, self.right = panels
         self.status = self.figure.supxlabel(self.HELP, fontsize=9)
-        self._images = [axes.imshow(self._stretch(self._picture, self._picture), cmap='gray', vmin=0, vmax=255,
-                                    extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
-                        for axes in (self.left, self.right)]
+        stretched, frame = self._stretch(self._picture), (-0.5, width - 0.5, height - 0.5, -0.5)
+        self._images = [axes.imshow(stretched, cmap='gray', vmin=0, vmax=255, extent=frame,
+                                    interpolation='nearest') for axes in panels]
         self.left.set_autoscale_on(False)
         if getattr(image, 'bottom_up', False):
             self.left.invert_yaxis()
-        for axes in (self.left, self.right):
+        for axes in panels:
             axes.set_axis_off()  # text takes longest to draw
         canvas = self.figure.canvas
         if canvas.manager:
@@ -2876,8 +2885,9 @@ class Editor:
         self.figure.set_layout_engine('none')  # once is enough
 
     @staticmethod
-    def _stretch(picture, like):
-        stretched = np.nan_to_num(255 * stretch_midtones(picture, like)).astype(np.uint8)  # drawn faster than floats
+    def _stretch(picture, like=None):
+        stretched = np.nan_to_num(255 * stretch_midtones(picture, like))
+        stretched = stretched.astype(np.uint8)  # drawn faster than floats
         return stretched if stretched.shape[2] == 3 else stretched[..., 0]
 
     def points(self, least=3):
@@ -2944,7 +2954,8 @@ class Editor:
         self._read_window()
         picture, like, name = self._picture, self._picture, 'give at least three points'
         if self.model:
-            picture, name = self.model.shrunk(self._factor).evaluate(0, *picture.shape[:2]), 'background (v: result)'
+            picture = self.model.shrunk(self._factor).evaluate(0, *picture.shape[:2])
+            name = 'background (v: result)'
             if self._shows_result:
                 method, size = self.settings.method, self.image.shape[:2]
                 with contextlib.suppress(RmgradientError):
@@ -3018,8 +3029,8 @@ class Editor:
                     self.pairs = source.pop()
             elif key == 'a':
                 given = self.points(least=1) if len(self.pairs) > len(self.unusable) else None
-                chosen = choose_points(self.image, self.settings.auto or AUTO, self.settings.sigma, given).points
-                self._change(chosen.pairs)
+                n, sigma = self.settings.auto or AUTO, self.settings.sigma
+                self._change(choose_points(self.image, n, sigma, given).points.pairs)
             elif key == 'v':
                 self._shows_result = not self._shows_result
             elif key == 's':
@@ -3044,16 +3055,18 @@ class Editor:
         plt.close(self.figure)
 
 
-# ---- Pipeline -------------------------------------------------------------------------------------------------------
+# ---- Pipeline ------------------------------------------------------------------------------------
 
 LEAST_SPAN = 0.15  # of the picture's area, were the points spread evenly; with less, most is extrapolated
-OUTER_PARTS = (('upper left', 'top', 'upper right'), ('left', None, 'right'), ('lower left', 'bottom', 'lower right'))
+OUTER_PARTS = (('upper left', 'top', 'upper right'), ('left', None, 'right'),
+               ('lower left', 'bottom', 'lower right'))
 
 
-def remove_gradient(image: np.ndarray, points: np.ndarray | Points | str, *, sigma: float = SIGMA,
-                    smooth: float | str = 'auto', reference: np.ndarray | None = None,
-                    sky: str | float | None = None, method: str = 'subtract', dither: bool = False,
-                    rows: int = ROWS, return_model: bool = False) -> np.ndarray | tuple[np.ndarray, BackgroundModel]:
+def remove_gradient(
+        image: np.ndarray, points: np.ndarray | Points | str, *, sigma: float = SIGMA,
+        smooth: float | str = 'auto', reference: np.ndarray | None = None, sky: str | float | None = None,
+        method: str = 'subtract', dither: bool = False, rows: int = ROWS,
+        return_model: bool = False) -> np.ndarray | tuple[np.ndarray, BackgroundModel]:
     """Remove the background gradient from an array, as the command does from a file.
 
     Parameters
@@ -3091,14 +3104,16 @@ def remove_gradient(image: np.ndarray, points: np.ndarray | Points | str, *, sig
     RmgradientError
         If image, points and options don't go together; the message says why.
     """
-    for attribute, way in (('mask', 'image.filled(np.nan), or the data of a CCDData'), ('unit', 'the values alone')):
-        if getattr(image, attribute, None) is not None:
-            raise RmgradientError(f'an image with a {attribute} would lose it; pass {way}')
+    ways = {'mask': 'image.filled(np.nan), or the data of a CCDData', 'unit': 'the values alone'}
+    for name, way in ways.items():
+        if getattr(image, name, None) is not None:
+            raise RmgradientError(f'an image with a {name} would lose it; pass {way}')
     image = np.asarray(image)
     if image.dtype.kind not in 'uif' or image.ndim not in (2, 3) or not image.size:
         raise RmgradientError(f'an array of {image.dtype} of shape {image.shape} is no picture')
     if image.ndim == 3 and image.shape[0] <= 4 < image.shape[2]:
-        raise RmgradientError(f'an array of shape {image.shape} has its channels first; pass np.moveaxis(image, 0, -1)')
+        raise RmgradientError(f'an array of shape {image.shape} has its channels first; '
+                              'pass np.moveaxis(image, 0, -1)')
     if not (isinstance(rows, numbers.Integral) and rows > 0):
         raise RmgradientError(f'rows are {rows!r}, not a whole number above 0')
     if method not in METHODS:
@@ -3137,8 +3152,8 @@ def process(options):
     """Do what the command line asks for; options are those of `build_parser`."""
     jobs = list_jobs(options)
     inputs = [path for path in (*options.input, options.reference) if path]
-    if options.points_file not in (None, '-', options.save_points):  # which may be replaced: it is read before
-        inputs.append(options.points_file)
+    if options.points_file not in (None, '-', options.save_points):
+        inputs.append(options.points_file)  # else it is read before it is replaced
     check_paths(inputs, [path for _, outputs in jobs for path in outputs.values()], options.overwrite)
     if options.preview:
         with about(options.preview):
@@ -3176,7 +3191,7 @@ def list_jobs(options):
             output = getattr(options, kind)
             if output and (several or os.path.isdir(output)):
                 if not os.path.isdir(output):
-                    raise RmgradientError(f'{output}: is no folder; name one that exists for several pictures')
+                    raise NamedError(f'{output}: is no folder; name one that exists for several pictures')
                 output = os.path.join(output, os.path.splitext(name)[0] + ending if ending else name)
             if output:
                 outputs[kind] = output
@@ -3185,7 +3200,7 @@ def list_jobs(options):
 
 
 def process_picture(path, outputs, points, saved_for, options, alone):
-    """Correct one picture, with a progress bar if it is alone; points and what they were saved for: `read_points`."""
+    """Correct one picture, with a progress bar if it is alone; points and size are from `read_points`."""
     image = open_picture(path)
     megapixels = f' {image.shape[0] * image.shape[1] / 1e6:.3g} megapixels'
     progress = progress_bar('strip', megapixels) if alone else lambda results, *_: results
@@ -3226,8 +3241,8 @@ def process_picture(path, outputs, points, saved_for, options, alone):
         report_limited(outputs['output'], 100 * counts[:2] / (image.shape[0] * image.shape[1]))
         logger.info('%s: written; the sky is level at %s', outputs['output'], in_words(sky))
     if 'background' in outputs and counts[2]:
-        logger.warning('%s: the background of %d pixels is beyond what integers of the type hold, and was limited; a '
-                       'point of empty sky near them may help', outputs['background'], counts[2])
+        logger.warning('%s: the background of %d pixels is beyond what integers of the type hold, and was '
+                       'limited; a point of empty sky near them may help', outputs['background'], counts[2])
     for kind in outputs.keys() - {'output'}:
         logger.info('%s: written', outputs[kind])
 
@@ -3258,19 +3273,22 @@ def choose_toolkit():
     import matplotlib
     named, displays = os.environ.get('MPLBACKEND'), ('DISPLAY', 'WAYLAND_DISPLAY')
     if not named and sys.platform not in ('win32', 'darwin') and not any(map(os.environ.get, displays)):
-        raise RmgradientError('--edit needs a display; without one, MPLBACKEND=WebAgg uses a browser (with tornado)')
+        raise RmgradientError('--edit needs a display; without one, MPLBACKEND=WebAgg uses a browser (with '
+                              'tornado)')
     for backend in [named] if named else ['TkAgg', 'QtAgg']:
         with contextlib.suppress(Exception):  # of the toolkits, each raises its own
             import matplotlib.pyplot as plt
             plt.switch_backend(backend)
             plt.close(plt.figure())
-            if matplotlib.get_backend().lower() not in ('agg', 'cairo', 'pdf', 'pgf', 'ps', 'svg', 'template'):
+            if matplotlib.get_backend().lower() not in 'agg cairo pdf pgf ps svg template'.split():
                 return
     if named:
-        raise RmgradientError(f'--edit can not use MPLBACKEND={named}; leave it out, or install what it needs')
+        raise RmgradientError(f'--edit can not use MPLBACKEND={named}; leave it out, or install what it '
+                              'needs')
     if importlib.util.find_spec('_tkinter'):
         raise RmgradientError(f'--edit can not open the display {os.environ.get("DISPLAY", "")}')
-    raise RmgradientError('--edit needs a toolkit for windows; run: apt install python3-tk, or: pip install PySide6')
+    raise RmgradientError('--edit needs a toolkit for windows; run: apt install python3-tk, or: pip install '
+                          'PySide6')
 
 
 def edit_points(path, image, points, outputs, options):
@@ -3300,7 +3318,7 @@ def edit_points(path, image, points, outputs, options):
 
 
 def fit_with_reference(path, image, points, options, starmap):
-    """Return points, levels and the model beside the reference of the command line; with -a at all quiet places."""
+    """Return points, levels and the model beside the reference; with -a at all quiet places."""
     with about(options.reference), open_picture(options.reference) as reference:
         check_reference(image.shape, reference.shape)
         with about(path):
@@ -3309,15 +3327,14 @@ def fit_with_reference(path, image, points, options, starmap):
                 points = places_beside_reference(image, reference, n, options.sigma, points, starmap)
             levels, _ = measure_levels(image, points, options.sigma)
         found = fit_beside_reference(points, levels, measure_levels(reference, points, options.sigma)[0])
-    logger.info('%s: %d of %d points fit the reference, whose scale is %s; they are predicted from the others to %s',
-                path, found.kept.sum(), len(found.kept), ', '.join(
-                    f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(found.scale, found.error)),
-                in_words(found.unexplained))
+    scales = [f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(found.scale, found.error)]
+    logger.info('%s: %d of %d points fit the reference, whose scale is %s; they are predicted from the others '
+                'to %s', path, found.kept.sum(), len(found.kept), ', '.join(scales), in_words(found.unexplained))
     return points.subset(found.kept), found.levels, found.model
 
 
 def read_points(options):
-    """Return the points of -p or -f, if any, and height and width of the picture that they were saved for, if known."""
+    """Return the points of -p or -f, and height and width of the picture they were saved for; None if unknown."""
     least = 3 if options.auto is None and not options.edit else 1
     if options.points is not None:
         return make_points(options.points, least=least), None
@@ -3395,7 +3412,7 @@ def write_pictures(path, outputs, files, image, model, sky, options, starmap):
 
 @contextlib.contextmanager
 def threads(progress):
-    """Give an `itertools.starmap` for lists of arguments that works in threads, and keeps the order of results.
+    """Give an `itertools.starmap` that works in threads on lists of arguments, and keeps their order.
 
     No more than two results a worker wait to be taken, so that memory is bounded. On the way out nothing is
     waited for.
@@ -3422,36 +3439,35 @@ def threads(progress):
 
 
 def progress_bar(unit, text=''):
-    """Return a function that shows how far an iterable of some length is, and what it does, on a terminal, if it takes
-    a while."""
+    """Return a function that shows on a terminal how far an iterable of some length is, and what it does."""
     if not (sys.stderr and sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)):
         return lambda results, *_: results
     from tqdm import tqdm  # takes longer to load than most pictures to correct
-    return lambda results, total, work='': tqdm(results, desc=f'{work}{text}', total=total, unit=unit, delay=1,
-                                                leave=False)
+    return lambda results, total, work='': tqdm(
+        results, desc=f'{work}{text}', total=total, unit=unit, delay=1, leave=False)
 
 
 def report_chosen(path, image, given, chosen):
     """Log how many points were chosen, warn of what makes the background uncertain, and return the points."""
     height, width, _ = image.shape
     n_given, points = len(given.x) if given else 0, chosen.points
-    beside = f' beside {n_given} given' if n_given else ''
-    logger.info('%s: %d points chosen from %d quiet places%s', path, len(points.x) - n_given, chosen.n_places, beside)
+    logger.info('%s: %d points chosen from %d quiet places%s', path, len(points.x) - n_given, chosen.n_places,
+                f' beside {n_given} given' if n_given else '')
     if not chosen.agree:
-        logger.warning('%s: the quiet places do not agree on one smooth sky, as where a nebula or the Milky Way fills '
-                       'the frame, or bands cross it; look at --preview, and help -a with %s certain points of empty '
-                       'sky (-p, -f or --edit), with a finer grid (-a 25), or with a --reference', path,
-                       'more' if n_given else 'five or more')
+        logger.warning('%s: the quiet places do not agree on one smooth sky, as where a nebula or the Milky '
+                       'Way fills the frame, or bands cross it; look at --preview, and help -a with %s certain '
+                       'points of empty sky (-p, -f or --edit), with a finer grid (-a 25), or with a '
+                       '--reference', path, 'more' if n_given else 'five or more')
     if image.bottom_up:
         points = points._replace(y=height - 1 - points.y)
     if parts := parts_without(points, height, width):
-        logger.warning('%s: no point in the %s, where the background is a guess; a finer grid (-a 25) may find some, '
-                       'or give some (-p, -f or --edit)', path, ', '.join(parts))
+        logger.warning('%s: no point in the %s, where the background is a guess; a finer grid (-a 25) may '
+                       'find some, or give some (-p, -f or --edit)', path, ', '.join(parts))
     return chosen.points
 
 
 def parts_without(points, height, width):
-    """Return the names of the outer ninths of the frame that have no point, the first row being at the top."""
+    """Return the names of the outer ninths of the frame that have no point; y counts from the top."""
     found = {(3 * y // height, 3 * x // width) for x, y in zip(points.x.tolist(), points.y.tolist())}
     return [name for i, row in enumerate(OUTER_PARTS) for j, name in enumerate(row)
             if name and (i, j) not in found]
@@ -3463,8 +3479,9 @@ def report_limited(path, percent):
              'lower the sky with --sky NUMBER, or keep white with --stretch')
     for part, color, cure in zip(percent, ('black', 'white'), cures):
         if part > 0:
-            logger.log(logging.WARNING if part >= 0.01 else logging.INFO, '%s: %s of the pixels became %s; %s', path,
-                       f'{part:.2f} %' if part >= 0.01 else 'less than 0.01 %', color, cure)
+            level = logging.WARNING if part >= 0.01 else logging.INFO
+            words = f'{part:.2f} %' if part >= 0.01 else 'less than 0.01 %'
+            logger.log(level, '%s: %s of the pixels became %s; %s', path, words, color, cure)
 
 
 def report_model(path, image, points, levels, noise, model):
@@ -3472,8 +3489,8 @@ def report_model(path, image, points, levels, noise, model):
     height, width, _ = image.shape
     part = 12 * math.sqrt(max(0, np.linalg.det(np.cov(points.centers.T)))) / (height * width)
     if part < LEAST_SPAN:
-        logger.warning('%s: the points span %.2g %% of the picture, and beyond them the background is a guess; spread '
-                       'them into the corners', path, 100 * part)
+        logger.warning('%s: the points span %.2g %% of the picture, and beyond them the background is a '
+                       'guess; spread them into the corners', path, 100 * part)
     if not model.choice:
         return []
     choice = model.choice
@@ -3481,8 +3498,8 @@ def report_model(path, image, points, levels, noise, model):
     logger.info('%s: model: %s and a multiquadric of shape %.0f pixels and smoothness %s', path, choice.trend,
                 choice.epsilon, smooth)
     if len(points.x) > 4:  # fewer say nothing about each other
-        logger.info('%s: points are predicted from the others to %s (root mean square); the noise of their levels '
-                    'is %s', path, in_words(np.sqrt((choice.errors**2).mean(axis=0))),
+        logger.info('%s: points are predicted from the others to %s (root mean square); the noise of their '
+                    'levels is %s', path, in_words(np.sqrt((choice.errors**2).mean(axis=0))),
                     in_words(np.median(noise, axis=0)))
     misfits = find_misfits(points, levels, noise, choice)
     for i, error in misfits:
@@ -3500,7 +3517,7 @@ def in_words(values):
     return ', '.join(f'{value:.0f}' if 1e4 <= abs(value) <= 1e12 else f'{value:.5g}' for value in values)
 
 
-# ---- Command line ---------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """A parser whose messages help with misspelled options, and hold nothing that is not printable."""
@@ -3512,7 +3529,8 @@ class Parser(argparse.ArgumentParser):
             for word in words[1].split():
                 close = difflib.get_close_matches(word.partition('=')[0], known, 1)
                 message += f'; did you mean {close[0]}?' if close else ''
-                message += '; write coordinates with a minus sign as -330 -195' if re.match(r'-\d', word) else ''
+                if re.match(r'-\d', word):
+                    message += '; write coordinates with a minus sign as -330 -195'
         super().error(printable(message))
 
 
@@ -3525,10 +3543,10 @@ def build_parser():
     files.add_argument('-i', '--input', metavar='FILE', nargs='+', required=True,
                        help='pictures to correct (TIFF or FITS)')
     files.add_argument('-o', '--output', metavar='FILE',
-                       help='corrected picture, of the same format and type. '
-                       'For several pictures this is a folder that exists, and so are -b, --save-points and --preview')
-    files.add_argument('-b', '--background', metavar='FILE', help='also write the background that is removed: '
-                       'output = input - (background - sky)')
+                       help='corrected picture, of the same format and type. For several pictures this is a '
+                       'folder that exists, and so are -b, --save-points and --preview')
+    files.add_argument('-b', '--background', metavar='FILE',
+                       help='also write the background that is removed: output = input - (background - sky)')
     files.add_argument('-c', '--compress', metavar='LEVEL', type=number_from(0, 9, int), default=0,
                        help='deflate level of the files written, 0 is none (default: %(default)s)')
     files.add_argument('--save-points', metavar='FILE', help='write the points used, for -f')
@@ -3542,25 +3560,25 @@ def build_parser():
     given.add_argument('-f', '--points-file', metavar='FILE',
                         help='the same from a file, one pair a line, # starts a comment; - is standard input')
     choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=0, type=number_from(3, MOST_CELLS, int),
-                        help='choose points, one from each cell of a grid with N cells along the longer side, '
-                        f'3 to {MOST_CELLS} (default: {AUTO}; {REFERENCE_AUTO} with --reference), where there are '
-                        'neither stars nor nebulae; points given are certain')
-
-    choice.add_argument('--edit', action='store_true', help='set points by hand in a window that shows the result; '
-                        'begins with those of -p, -f or -a, and names its keys (needs matplotlib)')
+                        help='choose points, one from each cell of a grid with N cells along the longer '
+                        f'side, 3 to {MOST_CELLS} (default: {AUTO}; {REFERENCE_AUTO} with --reference), '
+                        'where there are neither stars nor nebulae; points given are certain')
+    choice.add_argument('--edit', action='store_true',
+                        help='set points by hand in a window that shows the result; begins with those of -p, '
+                        '-f or -a, and names its keys (needs matplotlib)')
 
     model = parser.add_argument_group('model')
     model.add_argument('-s', '--sigma', metavar='PIXELS', type=number_from(0.1, 10000), default=SIGMA,
                        help='standard deviation of the Gaussian blur at the points (default: %(default)g)')
-    model.add_argument('-m', '--smooth', metavar='NUMBER', type=number_from(0, 1e12, word='auto'), default='auto',
+    model.add_argument('-m', '--smooth', metavar='NUMBER', type=number_from(0, 1e12, word='auto'),
+                       default='auto',
                        help='auto: trend, shape and smoothness that suit the levels best; a number: the '
                        'classic model, a multiquadric of that smoothness, often 0.1 (default: %(default)s)')
     model.add_argument('-r', '--rows', metavar='N', type=number_from(1, 2**31, int), default=ROWS,
                        help='rows worked on together; memory is proportional (default: %(default)s)')
-
-    model.add_argument('--reference', metavar='FILE', help='registered picture of the same field and size with less '
-                       'gradient, gray or in the same colors: what it shows is not background, even where nebulae '
-                       'fill the frame')
+    model.add_argument('--reference', metavar='FILE',
+                       help='registered picture of the same field and size with less gradient, gray or in '
+                       'the same colors: what it shows is not background, even where nebulae fill the frame')
 
     correction = parser.add_argument_group('correction')
     how = correction.add_mutually_exclusive_group()
@@ -3568,12 +3586,13 @@ def build_parser():
                      help='divide by the background instead of subtracting it, for vignetting: '
                      'output = input * sky / background')
     how.add_argument('--stretch', dest='method', action='store_const', const='stretch',
-                     help='scale each pixel after the subtraction so that white (the largest integer, 1.0 for floats) '
-                     'stays white')
-    correction.add_argument('--sky', metavar='LEVEL', type=sky_level, help='level that the sky gets: gray, the same '
-                            'for all channels, the mean over them of the median level of the points; color, the median '
-                            'level of each channel; darkest, the lowest background of each channel; or a number '
-                            '(default: gray; color with --divide; darkest with --smooth NUMBER)')
+                     help='scale each pixel after the subtraction so that white (the largest integer, 1.0 '
+                     'for floats) stays white')
+    correction.add_argument('--sky', metavar='LEVEL', type=sky_level,
+                            help='level that the sky gets: gray, the same for all channels, the mean over '
+                            'them of the median level of the points; color, the median level of each channel; '
+                            'darkest, the lowest background of each channel; or a number (default: gray; '
+                            'color with --divide; darkest with --smooth NUMBER)')
     correction.add_argument('--dither', action='store_true',
                             help='add noise of one count before integers are rounded, so that no bands show')
 
@@ -3585,7 +3604,7 @@ def build_parser():
 
 
 def number_from(lowest, highest, kind=float, word=None):
-    """Return a function that turns text into a number of a range, or leaves it if it is a word, for argparse."""
+    """Return a function for argparse that turns text into a number of a range, or leaves a word."""
     def convert(text):
         if text == word:
             return text
@@ -3594,8 +3613,8 @@ def number_from(lowest, highest, kind=float, word=None):
         except ValueError:
             value = math.nan
         if not lowest <= value <= highest:
-            also = f', or {word}' if word else ''
-            raise argparse.ArgumentTypeError(f'{text!r} is not a {"whole " * (kind is int)}number from {lowest:g} to '
+            what, also = 'whole number' if kind is int else 'number', f', or {word}' if word else ''
+            raise argparse.ArgumentTypeError(f'{text!r} is not a {what} from {lowest:g} to '
                                              f'{in_words([highest])}{also}')
         return value
     return convert
@@ -3672,7 +3691,7 @@ def explain(error, path):
 
 @contextlib.contextmanager
 def log_to_stderr(quiet):
-    """Show our messages, one line each, and none of libraries: what they complain of is an error or no matter."""
+    """Show our messages, one line each, and none of libraries, which complain of errors or of no matter."""
     handler = _Handler()
     handler.setFormatter(_Formatter())
     loggers = [logger, *map(logging.getLogger, ('tifffile', 'matplotlib'))]
