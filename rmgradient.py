@@ -1196,15 +1196,19 @@ def concentrate(surfaces, sky, costs):
     least = int(min(max(n_places / 2, 1.5 * surfaces.n_terms + n_channels), n_places))
     for step in range(10):
         _, covariance, distances = surfaces.fit(sky)
-        sky = nearest(distances, least)
+        before, sky = sky, nearest(distances, least)
         if step == FIRST_STEPS:
             sky = sky[np.argsort(np.linalg.slogdet(covariance)[1])[:MOST_STARTS]]
+        elif (sky == before).all():
+            break
     for step in range(10):
         # The half nearest to a surface scatters less than all that belongs to it.
         distances = surfaces.fit(sky)[2] / (1.5 if step == 0 else 1)
-        sky = np.where(distances < limit, 1.0, 0.0)
+        before, sky = sky, np.where(distances < limit, 1.0, 0.0)
         few = sky.sum(axis=1) < least
         sky[few] = nearest(distances[few], least)
+        if step and (sky == before).all():
+            break
     residuals, covariance, distances = surfaces.fit(sky)
     scatter = np.sqrt(np.trace(covariance, axis1=1, axis2=2))
     below = residuals.min(axis=2) < -BELOW * scatter[:, None]
