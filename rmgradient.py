@@ -1107,8 +1107,8 @@ def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIG
             sky |= ends_of_glows(sky, sites)
             sky = (sky & ~rims(sky, sites)) | sites.certain
         else:
-            sky = grow_from_certain(sites)
-            agree = (robust_std(fit_sites(sky, sites).errors) < MOST_SCATTER * sites.noise).all()
+            sky, choice = grow_from_certain(sites)
+            agree = (robust_std(choice.errors) < MOST_SCATTER * sites.noise).all()
         sky = leave_faint_ends(*follow_model(sky, sites), sites)
     return Chosen(points.subset(sky), len(sky) - n_given, agree)
 
@@ -1276,7 +1276,7 @@ def nearest(distances, n):
 
 
 def grow_from_certain(sites):
-    """Return which places are sky, beginning with the certain ones, (n_places,) bool.
+    """Return which places are sky, (n_places,) bool, beginning with the certain ones, and their Choice.
 
     The adaptive model through what is sky predicts the others, and knows how far it may be off (kriging).
     Where it is most certain, those join that are as predicted; all are judged anew by the model through
@@ -1295,7 +1295,7 @@ def grow_from_certain(sites):
         before, sky = sky, sites.certain | (off < AS_PREDICTED) & near
         if (sky == before).all():
             break
-    return sky
+    return before, choice
 
 
 def rims(sky, sites):
@@ -3332,13 +3332,14 @@ def fit_with_reference(path, image, points, options, starmap):
             levels, _ = measure_levels(image, points, options.sigma)
         found = fit_beside_reference(points, levels, measure_levels(reference, points, options.sigma)[0])
     scales = [f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(found.scale, found.error)]
-    logger.info('%s: %d of %d points fit the reference, whose scale is %s; they are predicted from the others '
-                'to %s', path, found.kept.sum(), len(found.kept), ', '.join(scales), in_words(found.unexplained))
+    logger.info('%s: %d of %d points fit the reference, whose scale is %s; they are predicted from the '
+                'others to %s', path, found.kept.sum(), len(found.kept), ', '.join(scales),
+                in_words(found.unexplained))
     return points.subset(found.kept), found.levels, found.model
 
 
 def read_points(options):
-    """Return the points of -p or -f, and height and width of the picture they were saved for; None if unknown."""
+    """Return the points of -p or -f, and (height, width) of the picture they were saved for, or None."""
     least = 3 if options.auto is None and not options.edit else 1
     if options.points is not None:
         return make_points(options.points, least=least), None
@@ -3459,8 +3460,8 @@ def report_chosen(path, image, given, chosen):
                 f' beside {n_given} given' if n_given else '')
     if not chosen.agree:
         logger.warning('%s: the quiet places do not agree on one smooth sky, as where a nebula or the Milky '
-                       'Way fills the frame, or bands cross it; look at --preview, and help -a with %s certain '
-                       'points of empty sky (-p, -f or --edit), with a finer grid (-a 25), or with a '
+                       'Way fills the frame, or bands cross it; look at --preview, and help -a with %s '
+                       'certain points of empty sky (-p, -f or --edit), with a finer grid (-a 25), or with a '
                        '--reference', path, 'more' if n_given else 'five or more')
     if image.bottom_up:
         points = points._replace(y=height - 1 - points.y)
@@ -3594,9 +3595,9 @@ def build_parser():
                      'for floats) stays white')
     correction.add_argument('--sky', metavar='LEVEL', type=sky_level,
                             help='level that the sky gets: gray, the same for all channels, the mean over '
-                            'them of the median level of the points; color, the median level of each channel; '
-                            'darkest, the lowest background of each channel; or a number (default: gray; '
-                            'color with --divide; darkest with --smooth NUMBER)')
+                            'them of the median level of the points; color, the median level of each '
+                            'channel; darkest, the lowest background of each channel; or a number (default: '
+                            'gray; color with --divide; darkest with --smooth NUMBER)')
     correction.add_argument('--dither', action='store_true',
                             help='add noise of one count before integers are rounded, so that no bands show')
 
