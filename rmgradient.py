@@ -1103,13 +1103,15 @@ def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIG
     with one_blas_thread():
         sky, scatter = find_consensus(sites)
         agree = scatter < MOST_SCATTER and sky.mean() > LEAST_SKY and sky[sites.certain].all()
-        if agree or not given or (~given.on_isoline).sum() < LEAST_GIVEN:
+        can_grow = given is not None and (~given.on_isoline).sum() >= LEAST_GIVEN
+        if agree or not can_grow:
             sky |= ends_of_glows(sky, sites)
             sky = (sky & ~rims(sky, sites)) | sites.certain
+            sky, choice, errors = follow_model(sky, sites)
         else:
-            sky, choice = grow_from_certain(sites)
+            sky, choice, errors = follow_model(grow_from_certain(sites), sites)
             agree = (robust_std(choice.errors) < MOST_SCATTER * sites.noise).all()
-        sky = leave_faint_ends(*follow_model(sky, sites), sites)
+        sky = leave_faint_ends(sky, choice, errors, sites)
     return Chosen(points.subset(sky), len(sky) - n_given, agree)
 
 
@@ -1276,7 +1278,7 @@ def nearest(distances, n):
 
 
 def grow_from_certain(sites):
-    """Return which places are sky, (n_places,) bool, beginning with the certain ones, and their Choice.
+    """Return which places are sky, beginning with the certain ones, (n_places,) bool.
 
     The adaptive model through what is sky predicts the others, and knows how far it may be off (kriging).
     Where it is most certain, those join that are as predicted; all are judged anew by the model through
@@ -1295,7 +1297,7 @@ def grow_from_certain(sites):
         before, sky = sky, sites.certain | (off < AS_PREDICTED) & near
         if (sky == before).all():
             break
-    return before, choice
+    return sky
 
 
 def rims(sky, sites):
