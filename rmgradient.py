@@ -2818,13 +2818,14 @@ def draw_preview(file, kind, image, points, misfits, model, method, sky, radius)
         stretch_midtones(before), stretch_midtones(background, before), stretch_midtones(after))]
     pictures[2][black] = 0, 0.2, 1
     level = in_words(sky[:1] if np.ptp(sky) == 0 else sky)
-    panels, titles = figure.subplots(*grid), ('before', 'background', f'after, the sky at {level}')
+    panels = figure.subplots(*grid, sharex=True, sharey=True)
+    titles = ('before', 'background', f'after, the sky at {level}')
     for axes, picture, title in zip(panels, pictures, titles):
         axes.imshow(picture, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
         axes.set_title(title)
         axes.set_autoscale_on(False)
-        if getattr(image, 'bottom_up', False):
-            axes.invert_yaxis()
+    if getattr(image, 'bottom_up', False):
+        panels[0].invert_yaxis()
     draw_points(panels[0], points, misfits, radius, numbered=len(points.x) <= 60)
     level = background.mean(axis=2)
     if np.ptp(level) > 1e-9 * np.abs(level).max() and min(level.shape) > 1:
