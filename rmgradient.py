@@ -216,8 +216,7 @@ def parse_coordinates(words):
             raise RmgradientError(f'coordinate {word[:40]!r} is not a number of pixels')
         found.append(math.copysign(round(abs(float(word))), -1 if word[0] == '-' else 1))
     if len(found) % 2:
-        raise RmgradientError(f'{len(found)} coordinates are not pairs: the last one, {found[-1]:.0f}, '
-                              'has no partner')
+        raise RmgradientError(f'coordinates are not all pairs: the last one, {found[-1]:.0f}, has no partner')
     return np.array(found).reshape(-1, 2)
 
 
@@ -265,14 +264,17 @@ def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) 
         For anything but whole numbers, an isoline without a first point, a place given twice, too few
         places, or more than `MOST_POINTS`.
     """
-    pairs = np.asarray(pairs, float)
+    try:
+        pairs = np.asarray(pairs, float)
+    except (TypeError, ValueError) as error:
+        raise RmgradientError('points are not pairs of numbers') from error
     if pairs.size == 0:
         raise RmgradientError('no points; give at least three')
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise RmgradientError(f'points of shape {pairs.shape} are not pairs of coordinates')
     if len(pairs) > MOST_POINTS:
         raise RmgradientError(f'{len(pairs)} points are too many, they would take minutes and gigabytes; '
                               f'give at most {MOST_POINTS}')
-    if pairs.ndim != 2 or pairs.shape[1] != 2:
-        raise RmgradientError(f'points of shape {pairs.shape} are not pairs of coordinates')
     if not (np.abs(pairs) < 2**31).all() or (pairs % 1).any():
         raise RmgradientError('points are not all whole numbers of pixels')
     if np.signbit(pairs[0]).any():
@@ -306,6 +308,9 @@ def remove_pair(pairs, i):
 def check_points(points, height, width, radius):
     """Raise RmgradientError if a point is outside, or a measured one within `radius` of a border."""
     x, y = points.x, points.y
+    if 2 * radius >= min(height, width):
+        raise RmgradientError(f'the blur reaches {radius} pixels, too far in {width} x {height} pixels; use '
+                              'a smaller sigma')
     if len(outside := np.flatnonzero((x >= width) | (y >= height))):
         swapped = ': are x and y swapped?' if (x < height).all() and (y < width).all() else ''
         verb = 'are' if len(outside) > 1 else 'is'
@@ -322,8 +327,8 @@ def check_points(points, height, width, radius):
 
 def blur_kernel(sigma):
     """Return the (2 * radius + 1,) weights, of sum 1, of a Gaussian cut off at radius = ceil(3 sigma)."""
-    if not 0.1 <= sigma <= 10000:
-        raise RmgradientError(f'a blur of sigma {sigma:g} pixels is not from 0.1 to 10000')
+    if not (isinstance(sigma, numbers.Real) and 0.1 <= sigma <= 10000):
+        raise RmgradientError(f'a blur of sigma {sigma} pixels is not from 0.1 to 10000')
     radius = math.ceil(3 * sigma)
     kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     return kernel / kernel.sum()
@@ -852,10 +857,12 @@ def find_misfits(points: Points, levels: np.ndarray, noise: np.ndarray,
     Notes
     -----
     A bad point spoils the prediction of its neighbors and the choice of the model. So when the worst are
-    found, the model is chosen anew without them, and judges the others, until none stands out.
+    found, the model is chosen anew without them, and judges the others, until none stands out. Two points
+    of one nebula vouch for each other, so that pairs of neighbors are judged, too.
     """
-    rest, misfits = np.arange(len(levels)), []
-    while found := _find_worst(choice, points.centers[rest], noise[rest]):
+    rest, misfits, noise = np.arange(len(levels)), [], MISFIT * np.median(noise, axis=0)
+    while found := (_find_worst(choice, points.centers[rest], noise)
+                    or _find_pair(choice, points.centers[rest], noise)):
         misfits += [(rest[i], error) for i, error in found]
         rest = rest[~np.isin(points.leader[rest], points.leader[[i for i, _ in misfits]])]
         if len(rest) < 4:
@@ -864,32 +871,63 @@ def find_misfits(points: Points, levels: np.ndarray, noise: np.ndarray,
     return misfits
 
 
-def _find_worst(choice, centers, noise):
+def _find_worst(choice, centers, least_error):
     """Return index and error of the points that stand out most, at least half as far as the worst.
 
-    An error stands out if it is more than `MISFIT` times the typical one, the same of its eight nearest
-    neighbors, and the typical noise. The neighbors are asked because where a glow is steep all points are
-    hard to predict.
+    An error stands out if it is above the least, and more than `MISFIT` times the typical one, and the same
+    of its eight nearest neighbors: where a glow is steep all points are hard to predict.
     """
-    noise = MISFIT * np.median(noise, axis=0)
     rest, found, acquitted, least = np.arange(len(centers)), [], [], MISFIT
     while len(rest) > 3:
-        significant = np.abs(significance_left_out(choice, noise))
+        significant = np.abs(significance_left_out(choice, least_error))
         significant[np.isin(rest, acquitted)] = 0
         worst, channel = np.unravel_index(significant.argmax(), significant.shape)
         if significant[worst, channel] <= least:
             break
         out = choice.leader == choice.leader[worst]
-        others = leave_out(choice, out)
-        near = np.argsort(distances_between(centers[rest[~out]], centers[rest[[worst]]])[:, 0])[:8]
-        usual = robust_std(others.standardized[near])[channel]
-        if np.abs(choice.standardized[worst, channel]) <= MISFIT * usual:
+        others, usual = _usual_around(choice, centers[rest], worst, out)
+        if np.abs(choice.standardized[worst, channel]) <= MISFIT * usual[channel]:
             acquitted.append(rest[worst])
             continue
         least = max(least, significant[worst, channel] / 2)
         found.append((rest[worst], choice.errors[worst, channel]))
         choice, rest = others, rest[~out]
     return found
+
+
+def _usual_around(choice, centers, i, out):
+    """Return the Choice without some points, and its usual standardized error around one of them."""
+    others = leave_out(choice, out)
+    near = np.argsort(distances_between(centers[~out], centers[[i]])[:, 0])[:8]
+    return others, robust_std(others.standardized[near])
+
+
+def _find_pair(choice, centers, least_error):
+    """Return index and error of the worst point and its nearest neighbor if both stand out.
+
+    As in `_find_worst`, but left out together, see `left_out_errors`.
+    """
+    n_points = len(centers)
+    if n_points < LEAST_PLACES + 2:
+        return []
+    distances = distances_between(centers, centers)
+    distances[choice.leader[:, None] == choice.leader] = np.inf
+    pairs = np.stack([np.arange(n_points), distances.argmin(axis=1)], axis=1)
+    errors, standardized = np.zeros((2, 2, *choice.errors.shape))
+    for i, pair in enumerate(pairs):
+        out = np.flatnonzero(np.isin(choice.leader, choice.leader[pair]))
+        covariance = np.linalg.pinv(choice.precision[np.ix_(out, out)], hermitian=True)
+        at = np.searchsorted(out, pair)
+        errors[:, i] = -(covariance @ choice.weights[out])[at]
+        standardized[:, i] = errors[:, i] / np.sqrt(np.diag(covariance)[at, None] + TINY)
+    significant = np.abs(significance(errors, standardized, robust_std(standardized[0]), least_error))
+    worst, channel = np.unravel_index(significant[0].argmax(), significant[0].shape)
+    out = np.isin(choice.leader, choice.leader[pairs[worst]])
+    usual = _usual_around(choice, centers, worst, out)[1][channel]
+    if (significant[:, worst, channel] <= [MISFIT, MISFIT / 2]).any() or (
+            np.abs(standardized[0, worst, channel]) <= MISFIT * usual):
+        return []
+    return list(zip(pairs[worst], errors[:, worst, channel]))
 
 
 @np.errstate(over='ignore')  # beside errors of zero, others are infinitely large
@@ -947,7 +985,7 @@ def fit_beside_reference(points: Points, levels: np.ndarray, reference: np.ndarr
     Raises
     ------
     RmgradientError
-        If the reference's details are not those of the picture.
+        If there are too few points, or the reference's details are not those of the picture.
 
     Notes
     -----
@@ -957,6 +995,9 @@ def fit_beside_reference(points: Points, levels: np.ndarray, reference: np.ndarr
     trend; both take turns until the scale stays. Points that fit badly, such as satellites and moved
     objects, are left out, and all is done anew.
     """
+    if len(np.unique(points.leader)) < LEAST_PLACES:
+        raise RmgradientError(f'{len(levels)} points are too few to tell its light from the background; '
+                              f'give at least {LEAST_PLACES}')
     light = np.broadcast_to(reference - np.median(reference, axis=0), levels.shape)
     kept = np.ones(len(levels), bool)
     for n_left in reversed(range(5)):
@@ -1124,7 +1165,7 @@ def join_quiet_places(image, n, sigma, given, starmap=itertools.starmap):
         places = places[distances_between(places.astype(float), given.centers).min(axis=1) > 2 * sigma]
     n_given = len(given.x)
     if n_given + len(places) < LEAST_PLACES:
-        raise RmgradientError(f'too few places of empty sky, {len(places)}; choose more, use a smaller '
+        raise RmgradientError(f'too few quiet places with data, {len(places)}; use a finer grid, a smaller '
                               'sigma, or give points')
     sources = given.sources and (*given.sources, *[''] * len(places))
     return Points(*np.hstack([given[:3], [*places.T, n_given + np.arange(len(places))]]), sources)
@@ -1552,8 +1593,17 @@ def find_darkest(model, height, width, rows=ROWS, starmap=itertools.starmap):
     return np.min([found, *starmap(evaluating, rest)], axis=0)
 
 
+def check_sky(sky, dtype):
+    """Raise RmgradientError if a number for the level of the sky is not in the range of an integer dtype."""
+    if isinstance(sky, numbers.Real) and np.dtype(dtype).kind in 'ui':
+        limits = np.iinfo(dtype)
+        if sky < limits.min or sky > limits.max:
+            raise RmgradientError(f'a sky level of {in_words([sky])} is not in the range of the picture, '
+                                  f'{limits.min} to {limits.max}')
+
+
 def is_classic(model, sky):
-    """Tell whether all is to be as in the original rmgradient, which knew nothing of pixels without data."""
+    """Tell whether all is to be as in the original rmgradient."""
     return model.choice is None and sky in (None, 'darkest')
 
 
@@ -1569,8 +1619,8 @@ def check_divisor(model, height, width, rows=ROWS):
                 y, x, _ = np.unravel_index(block.argmin(), block.shape)
                 place = columns.start + int(x), start + some_rows.start + int(y)
     if lowest <= 0:
-        raise RmgradientError(f'the background is {lowest:g} at {place}; '
-                              'to divide by it, it must be positive everywhere')
+        raise RmgradientError(f'the background is {lowest:g} at {place}, and can not be divided by: add a '
+                              'point of empty sky there, or subtract it')
 
 
 # ---- Correction ----------------------------------------------------------------------------------
@@ -1590,11 +1640,11 @@ def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky:
         gives.
     method : str
         - 'subtract': strip - shift;
-        - 'stretch': (strip - shift) * white / (white - shift), so that white, the largest integer or 1.0 for
-          floats, stays;
+        - 'stretch': sky + (strip - background) * (white - sky) / (white - background), so that white, the
+          largest integer or 1.0 for floats, stays;
         - 'divide': strip * sky / background.
     sky : (n_channels,) ndarray, optional
-        In data units, for 'divide'.
+        In data units; 0 by default.
     dither : (n_rows, width, n_channels) ndarray, optional
         Noise uniform in -0.5 ... 0.5, added to integers before they are rounded.
 
@@ -1607,8 +1657,9 @@ def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky:
     Raises
     ------
     RmgradientError
-        If a strip to be stretched holds floats above white, or loses all of it.
+        If a strip to be stretched holds floats above white, or background as bright as that.
     """
+    sky = 0 if sky is None else sky
     if method == 'subtract':
         if strip.dtype.kind in 'ui':
             return _subtract_integers(strip, shift if dither is None else shift - dither)
@@ -1619,10 +1670,11 @@ def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky:
     if strip.dtype.kind == 'f' and (strip > white).any():
         raise RmgradientError('stretching takes 1.0 for white, but there are values up to '
                               f'{np.nanmax(strip):g}; divide the picture by that first')
-    if shift.max() >= white:
-        raise RmgradientError(f'stretching can not keep white, {white:g}, where {shift.max():g} is '
-                              'subtracted')
-    return to_dtype((strip - shift) / (white - shift) * white, strip.dtype, dither)
+    background = shift + sky
+    if background.max() >= white:
+        raise RmgradientError(f'stretching can not keep white, {white:g}, where the background is '
+                              f'{background.max():g}')
+    return to_dtype((strip - background) / (white - background) * (white - sky) + sky, strip.dtype, dither)
 
 
 def to_dtype(values, dtype, dither=None):
@@ -1697,19 +1749,20 @@ def dither_noise(start, stop, width, n_channels, stream=0):
     return np.stack([np.random.Generator(each).random((width, n_channels)) for each in numbers]) - 0.5
 
 
-def correct_rows(strip, start, model, method='subtract', sky=None, dither=False, keep_no_data=True,
-                 blank=None):
+def correct_rows(strip, start, model, method='subtract', sky=None, dither=False, classic=False, blank=None):
     """Remove the background from rows of the picture from start on, (n_rows, width, n_samples), in place.
 
     Color channels come first; further samples stay as they are. The model is above the level of the sky;
-    method and sky as in `correct`. Pixels without data may stay as they are, see `no_data`. `blank` is a
-    value that stands for no data anywhere: it stays, and nothing else becomes it. Returns how many pixels
-    became black and white, see `newly_limited`.
+    method and sky as in `correct`. Pixels without data stay as they are, see `no_data`. The classic way
+    knows nothing of these, nor of a sky above 0 to stretch. `blank` is a value that stands for no data
+    anywhere: it stays, and nothing else becomes it. Returns how many pixels became black and white, see
+    `newly_limited`.
     """
     stop, width, n_channels = start + len(strip), strip.shape[1], model.n_channels
     noise = dither_noise(start, stop, width, n_channels) if dither else None
     color, n_limited = strip[..., :n_channels], np.zeros(2, int)
-    empty = no_data(color) if keep_no_data else np.zeros(strip.shape[:2], bool)
+    empty = np.zeros(strip.shape[:2], bool) if classic else no_data(color)
+    sky = None if classic and method == 'stretch' else sky
     kept = strip[empty]
     for rows, columns, shift in model.blocks(start, stop, width):
         before = color[rows, columns]
@@ -2182,7 +2235,7 @@ def check_page(page):
                               f'pixels are of unknown format {int(page.sampleformat)}')
     if dtype is None or dtype.kind not in 'uif' or dtype.itemsize * 8 != bits:
         kind = 'floating point numbers' if page.sampleformat == 3 else 'integers'
-        raise RmgradientError(f'pixels are {kind} of {bits} bits; convert the picture to 8, 16 or 32 bits')
+        raise RmgradientError(f'pixels are {kind} of {bits} bit; convert the picture to 8, 16 or 32 bit')
     if page.samplesperpixel < colors:
         raise Damage(f'{page.samplesperpixel} channels instead of {colors}')
     if 1 in page.extrasamples:
@@ -2399,7 +2452,7 @@ class FitsImage(Picture):
         try:
             import astropy.io.fits  # noqa: F401
         except Exception as error:
-            raise RmgradientError(f'needs astropy: {why_not_loaded(error)}') from error
+            raise RmgradientError(why_not_loaded(error)) from error
         self._bytes = RandomAccess(self._file)
         self._header = header = self._find_picture()
         if header.get('ZIMAGE') is True:
@@ -2532,7 +2585,7 @@ ENDINGS = {'TIFF': TiffImage.endings, 'FITS': FitsImage.endings, 'JPEG': ('.jpg'
 def open_picture(path: str) -> Picture:
     """Return an open Picture; RmgradientError says what else a file is, and the way out."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise RmgradientError('not a regular file')
+        raise RmgradientError('is not a regular file')
     with open(path, 'rb') as file:
         head = file.read(32)
     for pattern, what in OTHER_FORMATS.items():
@@ -2543,7 +2596,7 @@ def open_picture(path: str) -> Picture:
         return FitsImage(path)
     if head[:4] in (b'II*\0', b'II+\0', b'MM\0*', b'MM\0+'):
         return TiffImage(path)
-    raise RmgradientError('neither a TIFF nor a FITS picture')
+    raise RmgradientError('is neither a TIFF nor a FITS picture')
 
 
 def check_output(image, path, compress):
@@ -2552,7 +2605,7 @@ def check_output(image, path, compress):
         raise RmgradientError(f'{image.name} is written without compression; leave out --compress')
     for name, endings in ENDINGS.items():
         if path.lower().endswith(endings) and name != image.name:
-            raise RmgradientError(f'the output is a {image.name} as the input is, not {name}; '
+            raise RmgradientError(f'a {image.name} picture is written as {image.name}, not {name}; '
                                   f'name it {image.endings[0]}')
 
 
@@ -2570,13 +2623,16 @@ def check_paths(inputs, outputs, overwrite):
                 raise RmgradientError(f'there is no folder {folder}')
             if os.path.isdir(path):
                 raise RmgradientError('is a folder; name a file')
+            if not os.path.basename(path):
+                raise RmgradientError('there is no such folder')
             if is_device(path):
                 continue
             place = _identity(path) if exists else os.path.normcase(real)
             if place in sources:
                 raise RmgradientError(f'is the input {sources[place]}; choose another name for the output')
             if place in places:
-                raise RmgradientError(f'is the same file as {places[place]}; choose another name')
+                raise RmgradientError('is named for two outputs' if path == places[place] else
+                                      f'is the same file as {places[place]}; choose another name')
             places[place] = path
             if exists and not overwrite:
                 raise RmgradientError('exists; choose another name or use --overwrite')
@@ -2783,9 +2839,10 @@ def draw_points(axes, points, bad, radius, numbered):
     """Draw points, rings as far as the blur reaches, isolines, and numbers; bad ones red. Return all that."""
     from matplotlib.collections import EllipseCollection, LineCollection
     from matplotlib.patheffects import withStroke
-    colors = np.where(np.isin(np.arange(len(points.x)), bad), 'red', 'orange').tolist()
-    rings = EllipseCollection(2 * radius, 2 * radius, 0, units='xy', offsets=points.centers,
-                              transOffset=axes.transData, facecolors='none', edgecolors=colors)
+    colors = np.where(np.isin(np.arange(len(points.x)), bad), 'red', 'orange')
+    measured = ~points.on_isoline
+    rings = EllipseCollection(2 * radius, 2 * radius, 0, units='xy', offsets=points.centers[measured],
+                              transOffset=axes.transData, facecolors='none', edgecolors=colors[measured])
     isolines = [points.centers[points.leader == first] for first in np.unique(points.leader)]
     drawn = [axes.add_collection(LineCollection(isolines, colors='orange', linewidths=1)),
              axes.add_collection(rings), axes.scatter(points.x, points.y, s=2, c=colors),
@@ -2819,7 +2876,8 @@ def draw_preview(file, kind, image, points, misfits, model, method, sky, radius)
     pictures[2][black] = 0, 0.2, 1
     level = in_words(sky[:1] if np.ptp(sky) == 0 else sky)
     panels = figure.subplots(*grid, sharex=True, sharey=True)
-    titles = ('before', 'background', f'after, the sky at {level}')
+    titles = ('before' + (', red points do not fit' if len(misfits) else ''), 'background',
+              f'after, the sky at {level}' + (', blue is newly black' if black.any() else ''))
     for axes, picture, title in zip(panels, pictures, titles):
         axes.imshow(picture, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
         axes.set_title(title)
@@ -2846,18 +2904,19 @@ class Editor:
 
     Starts with `pairs`, see `make_points`, of an image; settings have auto, sigma, smooth, method and sky
     of the command line; save takes Points, writes them, and returns the file's name. `accepted`: whether
-    Enter closed it.
+    Enter closed it, which may save the points, too.
     """
 
     HELP = ('click: add, Shift-click: to the isoline, drag: move, right click or Delete: remove, Ctrl-Z, '
             'Ctrl-Y; a: automatic, v: view, s: save, Enter: write, Escape: leave')
 
-    def __init__(self, image, pairs, settings, title, save):
+    def __init__(self, image, pairs, settings, title, save, saves_on_enter=False):
         import matplotlib.pyplot as plt
         self.image, self.settings, self._title, self._save = image, settings, title, save
         self.pairs, self.accepted, self._shows_result = np.asarray(pairs, float).reshape(-1, 2), False, True
         self._done, self._undone, self._saved, self._drawn = [], [], self.pairs, []
         self._measured, self._dragged, self._window = {}, None, None
+        self._saves_on_enter, self._asked = saves_on_enter, False
         self.unusable, self.misfits, self.model = {}, [], None
         height, width, _ = image.shape
         self._picture, self._factor = read_binned(image, 0, width, 0, height, 700)  # as large as it is drawn
@@ -2908,22 +2967,25 @@ class Editor:
             points = self.points()
             places = zip(points.x[points.leader], points.y[points.leader])
             levels, noise = np.array([self._measured[place] for place in places]).swapaxes(0, 1)
-            self.model, text = fit_background(points, levels, self.settings.smooth), f'{len(points.x)} points'
+            self.model = fit_background(points, levels, self.settings.smooth)
+            text = f'{len(points.x)} points in use'
             if self.model.choice:
                 usable = np.setdiff1d(np.arange(len(self.pairs)), list(self.unusable))
                 misfits = find_misfits(points, levels, noise, self.model.choice)
                 self.misfits = [int(usable[i]) for i, _ in misfits]
         except RmgradientError as error:
             text = str(error)
-        reasons = dict.fromkeys(self.misfits, 'does not fit the others: not on empty sky?') | self.unusable
+        reasons = dict.fromkeys(self.misfits, 'does not fit the others (not on empty sky?)') | self.unusable
         self._draw(levels, list(reasons))
         for i in sorted(reasons)[-2:]:
             x, y = np.abs(self.pairs[i]).astype(int)
             text += f'; point {i + 1} at ({x}, {y}) {reasons[i]}'
         self.status.set_text(f'{text}\n{self.HELP}')
-        unsaved = '' if np.array_equal(self._saved, self.pairs) else ' - points not saved'
-        self.left.set_title(self._title + unsaved, fontsize=10)
+        self.left.set_title(self._title + ('' if self._is_saved() else ' - points not saved'), fontsize=10)
         self.figure.canvas.draw_idle()
+
+    def _is_saved(self):
+        return np.array_equal(self._saved, self.pairs)
 
     def _check(self):
         """Measure new places, and return {index: reason} of the points that can't be used."""
@@ -2988,7 +3050,7 @@ class Editor:
     def _change(self, pairs, before=None):
         """Take pairs, and remember those before for undo."""
         self._done.append(self.pairs if before is None else before)
-        self.pairs, self._undone = pairs, []
+        self.pairs, self._undone, self._asked = pairs, [], False
         self.timer.start()
 
     def _near(self, event):
@@ -3042,8 +3104,15 @@ class Editor:
                 self._shows_result = not self._shows_result
             elif key == 's':
                 return self.save()
-            elif key in ('enter', 'return', 'escape'):
-                self.accepted = key != 'escape' and bool(self.points())  # an error if there are too few
+            elif key == 'escape':
+                if self._is_saved() or self._asked:
+                    return self._close()
+                self._asked = True
+                raise RmgradientError('points are not saved (s); Escape again leaves them')
+            elif key in ('enter', 'return'):
+                self.accepted = bool(self.points())  # an error if there are too few
+                if self._saves_on_enter and not (self._is_saved() and self.settings.auto is None):
+                    self.save()
                 return self._close()
             self.timer.start()
         except (RmgradientError, OSError) as error:
@@ -3064,6 +3133,8 @@ class Editor:
 
 # ---- Pipeline ------------------------------------------------------------------------------------
 
+MISREGISTERED = 5.0  # noises of levels: a reference that explains the points worse is not registered
+UNLIKELY, UNRELATED = 25.0, 0.5  # noises of levels, and part of their scatter: that points agree to
 LEAST_SPAN = 0.15  # of the picture's area, were the points spread evenly; with less, most is extrapolated
 OUTER_PARTS = (('upper left', 'top', 'upper right'), ('left', None, 'right'),
                ('lower left', 'bottom', 'lower right'))
@@ -3078,7 +3149,7 @@ def remove_gradient(
 
     Parameters
     ----------
-    image : (height, width) or (height, width, n_channels) array_like
+    image : (height, width) or (height, width, n_channels) array_like, or a Picture
         Integers or floats. All channels are taken for colors: leave alpha out.
     points : Points, (n_points, 2) array_like, or 'auto'
         See `make_points`; with 'auto', `choose_points` chooses them.
@@ -3115,9 +3186,10 @@ def remove_gradient(
     for name, way in ways.items():
         if getattr(image, name, None) is not None:
             raise RmgradientError(f'an image with a {name} would lose it; pass {way}')
-    image = np.asarray(image)
+    image = image[0:image.shape[0], 0:image.shape[1]] if isinstance(image, Picture) else np.asarray(image)
     if image.dtype.kind not in 'uif' or image.ndim not in (2, 3) or not image.size:
-        raise RmgradientError(f'an array of {image.dtype} of shape {image.shape} is no picture')
+        raise RmgradientError(f'an array of {image.dtype} of shape {image.shape} is not a picture; '
+                              'open_picture opens a file')
     if image.ndim == 3 and image.shape[0] <= 4 < image.shape[2]:
         raise RmgradientError(f'an array of shape {image.shape} has its channels first; '
                               'pass np.moveaxis(image, 0, -1)')
@@ -3125,6 +3197,7 @@ def remove_gradient(
         raise RmgradientError(f'rows are {rows!r}, not a whole number above 0')
     if method not in METHODS:
         raise RmgradientError(f'method {method!r} is none of {", ".join(METHODS)}')
+    check_sky(sky, image.dtype)
     corrected = np.array(image, image.dtype.newbyteorder('=')).reshape(*image.shape[:2], -1)
     height, width, _ = corrected.shape
     if isinstance(points, str) and points != 'auto':
@@ -3148,9 +3221,9 @@ def remove_gradient(
     else:
         model = fit_background(points, levels, smooth)
     level = find_sky(sky, method, levels, model, height, width, rows)
-    above, keep_no_data = model.above(level), not is_classic(model, sky)
+    above, classic = model.above(level), is_classic(model, sky)
     for start, stop in row_groups(height, rows):
-        correct_rows(corrected[start:stop], start, above, method, level, dither, keep_no_data)
+        correct_rows(corrected[start:stop], start, above, method, level, dither, classic)
     corrected = corrected.reshape(image.shape)
     return (corrected, model) if return_model else corrected
 
@@ -3181,7 +3254,8 @@ def process(options):
             logger.error('%s', explain(error, path))
             n_failed += 1
     if n_failed:
-        raise RmgradientError(f'{n_failed} of {len(jobs)} pictures failed, {len(jobs) - n_failed} are done')
+        others = '; the others are done' if n_failed < len(jobs) else ''
+        raise RmgradientError(f'{n_failed} of {len(jobs)} pictures failed{others}')
 
 
 def list_jobs(options):
@@ -3198,7 +3272,7 @@ def list_jobs(options):
             output = getattr(options, kind)
             if output and (several or os.path.isdir(output)):
                 if not os.path.isdir(output):
-                    raise NamedError(f'{output}: is no folder; name one that exists for several pictures')
+                    raise NamedError(f'{output}: is not a folder; name one that exists for several pictures')
                 output = os.path.join(output, os.path.splitext(name)[0] + ending if ending else name)
             if output:
                 outputs[kind] = output
@@ -3220,11 +3294,14 @@ def process_picture(path, outputs, points, saved_for, options, alone):
         if saved_for not in (None, image.shape[:2]):
             logger.warning('%s: has %d x %d pixels, and the points were saved for a picture of %d x %d', path,
                            *image.shape[1::-1], *saved_for[::-1])
-        if image.bottom_up:
+        check_sky(options.sky, image.dtype)
+        if options.dither and image.dtype.kind == 'f':
+            logger.warning('%s: --dither is for integers, and changes nothing here', path)
+        if image.bottom_up and (points or options.edit or 'save_points' in outputs):
             logger.info('%s: y of points counts from the bottom row, the first that is stored', path)
         if options.auto is not None and not options.reference:
             chosen = choose_points(image, options.auto or AUTO, options.sigma, points, starmap)
-            points = report_chosen(path, image, points, chosen)
+            points = report_chosen(path, image, points, chosen, options.auto)
         if options.edit:
             points = edit_points(path, image, points, outputs, options)
             if points is None:
@@ -3270,14 +3347,18 @@ def load_matplotlib():
         import matplotlib
         import matplotlib.figure  # noqa: F401
     except Exception as error:
-        reason = str(error) if isinstance(error, ValueError) else why_not_loaded(error)
-        raise RmgradientError(f'needs matplotlib: {reason}') from error
+        reason = f'matplotlib: {error}' if isinstance(error, ValueError) else why_not_loaded(error)
+        raise RmgradientError(reason) from error
 
 
 def choose_toolkit():
     """Make matplotlib use a toolkit with windows, or raise RmgradientError that says what is missing."""
     load_matplotlib()
     import matplotlib
+    from matplotlib.backend_bases import NavigationToolbar2
+    # The toolbar would save the figure instead of the points, and move the panels.
+    NavigationToolbar2.toolitems = [each for each in NavigationToolbar2.toolitems
+                                    if each[0] not in ('Save', 'Subplots')]
     named, displays = os.environ.get('MPLBACKEND'), ('DISPLAY', 'WAYLAND_DISPLAY')
     if not named and sys.platform not in ('win32', 'darwin') and not any(map(os.environ.get, displays)):
         raise RmgradientError('--edit needs a display; without one, MPLBACKEND=WebAgg uses a browser (with '
@@ -3302,16 +3383,21 @@ def edit_points(path, image, points, outputs, options):
     """Let the user set points in a window; return them, or None if it was left without."""
     import matplotlib.pyplot as plt
     name = outputs.get('save_points') or os.path.splitext(path)[0] + '_points.txt'
+    if not outputs:
+        logger.info('%s: without -o no picture is written; Enter saves the points', path)
     overwrite = [options.overwrite]
 
     def save(points):
-        check_paths([path], [name], overwrite[0])
-        with whole_files({'points': name}, overwrite[0]) as files:
+        replaces, overwrite[0] = overwrite[0], True  # once it is ours, or asked for twice
+        if os.path.isfile(name) and not replaces:
+            raise RmgradientError(f'{name} exists; once more replaces it')
+        check_paths([path], [name], replaces)
+        with whole_files({'points': name}, replaces) as files:
             files['points'].write(points_file(path, points, image, options))
-        overwrite[0] = True  # it is ours now
         return name
 
-    editor = Editor(image, [] if points is None else points.pairs, options, os.path.basename(path), save)
+    editor = Editor(image, [] if points is None else points.pairs, options, os.path.basename(path), save,
+                    saves_on_enter=not outputs)
     plt.show(block=True)
     if not editor.accepted:
         return None
@@ -3319,8 +3405,6 @@ def edit_points(path, image, points, outputs, options):
         logger.warning('%s: %d points that can not be used are left out', path, len(editor.unusable))
     if outputs.pop('save_points', None):
         editor.save()
-    if not outputs:
-        logger.info('%s: no picture is written without -o', path)
     return editor.points()
 
 
@@ -3332,8 +3416,12 @@ def fit_with_reference(path, image, points, options, starmap):
             if options.auto is not None:
                 n = options.auto or REFERENCE_AUTO
                 points = places_beside_reference(image, reference, n, options.sigma, points, starmap)
-            levels, _ = measure_levels(image, points, options.sigma)
+            levels, noise = measure_levels(image, points, options.sigma)
         found = fit_beside_reference(points, levels, measure_levels(reference, points, options.sigma)[0])
+    if (found.unexplained > MISREGISTERED * np.median(noise, axis=0)).any():
+        logger.warning('%s: the reference explains the points to %s, and the noise of their levels is %s: is '
+                       'it registered to the pixel?', path, in_words(found.unexplained),
+                       in_words(np.median(noise, axis=0)))
     scales = [f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(found.scale, found.error)]
     logger.info('%s: %d of %d points fit the reference, whose scale is %s; they are predicted from the '
                 'others to %s', path, found.kept.sum(), len(found.kept), ', '.join(scales),
@@ -3354,11 +3442,16 @@ def read_points(options):
     with about(name), contextlib.nullcontext(stream) if is_stream else open(name, 'rb') as file:
         lines = read_lines(file)
         pairs, line_numbers = parse_points_file(lines)
+        counts = len(pairs) > 2 and (np.diff(pairs[:, 0]) == 1).all()
+        more = re.compile(rf'\W*([\d.]+{SEPARATORS}-?){{{2 if counts else 3},}}[\d.]+\W*')
+        if any(map(more.fullmatch, lines)):
+            logger.warning('%s: some lines hold more than a pair of numbers; only the first two are used%s',
+                           name, ': are the first ones the numbers of the points?' if counts else '')
         points = make_points(pairs, [f'{name}, line {i}' for i in line_numbers], least)
-    numbers_only = re.compile(rf'\W*([\d.]+{SEPARATORS}-?){{3,}}[\d.]+\W*')
-    if any(map(numbers_only.fullmatch, lines)):
-        logger.warning('%s: some lines hold more than a pair of numbers; only the first two are used', name)
-    saved = re.match(r'# .*, (\d{1,9}) x (\d{1,9}) pixels, sigma', lines[0])
+    saved = re.match(r'# .*, (\d{1,9}) x (\d{1,9}) pixels, sigma ([\d.]+)$', lines[0])
+    if saved and saved[3] != f'{options.sigma:g}':
+        logger.warning('%s: the points were saved with --sigma %s, and are used with %g', name, saved[3],
+                       options.sigma)
     return points, saved and (int(saved[2]), int(saved[1]))
 
 
@@ -3366,7 +3459,7 @@ def read_lines(file):
     """Return the lines of a binary file; one without an end has one here."""
     data = file.read(MOST_POINTS * 200 + 1)
     if len(data) > MOST_POINTS * 200:
-        raise RmgradientError(f'no file of points: it has more than {MOST_POINTS * 200} bytes')
+        raise RmgradientError(f'is not a file of points: it has more than {MOST_POINTS * 200} bytes')
     return re.split('\r\n?|\n', data.decode('utf-8-sig', 'replace'))
 
 
@@ -3385,7 +3478,7 @@ def write_pictures(path, outputs, files, image, model, sky, options, starmap):
     Memory: a few strips a worker.
     """
     height, width, n_channels = image.shape
-    above, keep_no_data = model.above(sky), not is_classic(model, options.sky)
+    above, classic = model.above(sky), is_classic(model, options.sky)
     writers = {kind: image.writer(files[kind], kind, options.rows, options.compress)
                for kind in ('output', 'background') if kind in files}
 
@@ -3393,7 +3486,7 @@ def write_pictures(path, outputs, files, image, model, sky, options, starmap):
         encoded, n_limited, n_unfit = {}, (0, 0), 0
         if 'output' in files:
             strip = image.read(start, stop)
-            n_limited = correct_rows(strip, start, above, options.method, sky, options.dither, keep_no_data,
+            n_limited = correct_rows(strip, start, above, options.method, sky, options.dither, classic,
                                      image.blank)
             encoded['output'] = writers['output'].encode(strip)
         if 'background' in files:
@@ -3455,8 +3548,9 @@ def progress_bar(unit, text=''):
         results, desc=f'{work}{text}', total=total, unit=unit, delay=1, leave=False)
 
 
-def report_chosen(path, image, given, chosen):
+def report_chosen(path, image, given, chosen, n):
     """Log how many points were chosen, warn of what makes the background uncertain, and return the points."""
+    finer = 'a finer grid (-a 25)' if (n or AUTO) < 25 else 'a smaller --sigma'
     height, width, _ = image.shape
     n_given, points = len(given.x) if given else 0, chosen.points
     logger.info('%s: %d points chosen from %d quiet places%s', path, len(points.x) - n_given, chosen.n_places,
@@ -3464,13 +3558,13 @@ def report_chosen(path, image, given, chosen):
     if not chosen.agree:
         logger.warning('%s: the quiet places do not agree on one smooth sky, as where a nebula or the Milky '
                        'Way fills the frame, or bands cross it; look at --preview, and help -a with %s '
-                       'certain points of empty sky (-p, -f or --edit), with a finer grid (-a 25), or with a '
-                       '--reference', path, 'more' if n_given else 'five or more')
+                       'certain points of empty sky (-p, -f or --edit), with %s, or with a --reference', path,
+                       'more' if n_given else 'five or more', finer)
     if image.bottom_up:
         points = points._replace(y=height - 1 - points.y)
     if parts := parts_without(points, height, width):
-        logger.warning('%s: no point in the %s, where the background is a guess; a finer grid (-a 25) may '
-                       'find some, or give some (-p, -f or --edit)', path, ', '.join(parts))
+        logger.warning('%s: no point at the %s, where the background is a guess; %s may find some, or give '
+                       'some (-p, -f or --edit)', path, ', '.join(parts), finer)
     return chosen.points
 
 
@@ -3487,7 +3581,7 @@ def report_limited(path, percent):
              'lower the sky with --sky NUMBER, or keep white with --stretch')
     for part, color, cure in zip(percent, ('black', 'white'), cures):
         if part > 0:
-            level = logging.WARNING if part >= 0.01 else logging.INFO
+            level = logging.WARNING if part >= 0.1 else logging.INFO
             words = f'{part:.2f} %' if part >= 0.01 else 'less than 0.01 %'
             logger.log(level, '%s: %s of the pixels became %s; %s', path, words, color, cure)
 
@@ -3501,15 +3595,24 @@ def report_model(path, image, points, levels, noise, model):
                        'guess; spread them into the corners', path, 100 * part)
     if not model.choice:
         return []
-    choice = model.choice
+    choice, misfits = model.choice, find_misfits(points, levels, noise, model.choice)
+    off, noise = np.sqrt((choice.errors**2).mean(axis=0)), np.median(noise, axis=0)
     smooth = np.format_float_positional(choice.smooth, 2, fractional=False, trim='-')
     logger.info('%s: model: %s and a multiquadric of shape %.0f pixels and smoothness %s', path, choice.trend,
                 choice.epsilon, smooth)
     if len(points.x) > 4:  # fewer say nothing about each other
         logger.info('%s: points are predicted from the others to %s (root mean square); the noise of their '
-                    'levels is %s', path, in_words(np.sqrt((choice.errors**2).mean(axis=0))),
-                    in_words(np.median(noise, axis=0)))
-    misfits = find_misfits(points, levels, noise, choice)
+                    'levels is %s', path, in_words(off), in_words(noise))
+    factor = max(1, max(height, width) // 100)
+    coarse = model.shrunk(factor).evaluate(0, -(-height // factor), -(-width // factor))
+    if coarse.min() < 0 < levels.min():
+        y, x, _ = np.unravel_index(coarse.argmin(), coarse.shape)
+        logger.warning('%s: the background falls to %s, below 0, near (%d, %d), where no point holds it; add '
+                       'one of empty sky there', path, in_words([coarse.min()]), x * factor, y * factor)
+    doubtful = (off > np.maximum(UNLIKELY * noise, UNRELATED * levels.std(axis=0))).any()
+    if doubtful and not misfits and len(points.x) > 4:
+        logger.warning('%s: the points hardly agree on a smooth background: some may be on nebulae or stars, '
+                       'or the glow needs more of them; look at --preview', path)
     for i, error in misfits:
         hint = 'brighter than its neighbors suggest: on a star or nebula?' if error > 0 else (
             'darker than its neighbors suggest: on a dust cloud or border?')
@@ -3539,6 +3642,8 @@ class Parser(argparse.ArgumentParser):
                 message += f'; did you mean {close[0]}?' if close else ''
                 if re.match(r'-\d', word):
                     message += '; write coordinates with a minus sign as -330 -195'
+        if 'required: -i' in message:
+            message += '; write it before the names of the pictures'
         super().error(printable(message))
 
 
@@ -3548,7 +3653,7 @@ def build_parser():
     parser = Parser(prog='rmgradient', description=(__doc__ or '').rstrip(), add_help=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     files = parser.add_argument_group('input and output')
-    files.add_argument('-i', '--input', metavar='FILE', nargs='+', required=True,
+    files.add_argument('-i', '--input', metavar='FILE', nargs='+', action='extend', required=True,
                        help='pictures to correct (TIFF or FITS)')
     files.add_argument('-o', '--output', metavar='FILE',
                        help='corrected picture, of the same format and type. For several pictures this is a '
@@ -3564,7 +3669,8 @@ def build_parser():
 
     choice = parser.add_argument_group('points', 'at least one of these; -a adds to those of -p or -f')
     given = choice.add_mutually_exclusive_group()
-    given.add_argument('-p', '--points', metavar=('X', 'Y'), nargs='+', help='points of empty sky, in pixels')
+    given.add_argument('-p', '--points', metavar=('X', 'Y'), nargs='+', action='extend',
+                       help='points of empty sky, in pixels')
     given.add_argument('-f', '--points-file', metavar='FILE',
                         help='the same from a file, one pair a line, # starts a comment; - is standard input')
     choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=0, type=number_from(3, MOST_CELLS, int),

@@ -64,7 +64,8 @@ class Cli:
         if points is None:
             points = ['-p', *words(self.points)]
         try:
-            status = rg.main(['-i', 'sky.tif', '-o', 'out.tif', *map(str, arguments), *map(str, points)])
+            picture = [] if '-i' in arguments else ['-i', 'sky.tif']
+            status = rg.main([*picture, '-o', 'out.tif', *map(str, arguments), *map(str, points)])
         except SystemExit as stop:
             status = stop.code
         output = self.capsys.readouterr()

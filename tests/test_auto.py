@@ -191,10 +191,10 @@ def test_places_on_a_line(turned):
 
 
 @pytest.mark.parametrize(('picture', 'match'), [
-    (np.zeros((200, 300, 3), np.uint16), 'too few places of empty sky, 0'),
-    (np.full((200, 300, 1), np.nan, np.float32), 'too few places of empty sky, 0'),
-    (np.ones((40, 300, 3), np.uint16), 'too few places of empty sky, 0'),
-    (np.random.default_rng(1).integers(0, 99, (110, 110, 1), np.uint16), 'too few places of empty sky')])
+    (np.zeros((200, 300, 3), np.uint16), 'too few quiet places with data, 0'),
+    (np.full((200, 300, 1), np.nan, np.float32), 'too few quiet places with data, 0'),
+    (np.ones((40, 300, 3), np.uint16), 'too few quiet places with data, 0'),
+    (np.random.default_rng(1).integers(0, 99, (110, 110, 1), np.uint16), 'too few quiet places with data')])
 def test_too_few_places(picture, match):
     with pytest.raises(rg.RmgradientError, match=match):
         rg.choose_points(picture)
@@ -367,7 +367,7 @@ def test_warning_of_a_part_without_a_point(big):
     sky[:210, :310] = 65535
     tifffile.imwrite('sky.tif', sky, photometric='rgb')
     assert big(points=['-a']) == 0
-    assert 'warning: sky.tif: no point in the upper left, where the background is a guess' in big.stderr
+    assert 'warning: sky.tif: no point at the upper left, where the background is a guess' in big.stderr
     assert big('--overwrite', points=['-a', '-p', '30', '300', '400', '300']) == 0
     assert re.search(r'sky.tif: \d+ points chosen from \d+ quiet places beside 2 given', big.stderr)
 
@@ -499,7 +499,7 @@ def test_auto_options_and_errors(cli):
     cli.fails('-b', 'bg.tif', match='sky.tif: ', points=['-a'])
     for value in ('2', '31', 'x'):
         cli.fails(status=2, match='is not a whole number from 3 to 30', points=['-a', value])
-    cli.fails('--save-points', 'out.tif', match='is the same file as out.tif')
+    cli.fails('--save-points', 'out.tif', match='is named for two outputs')
     (cli.folder / 'points').write_text('30 30\n40 40\n50 50\n')
     cli.fails('--save-points', 'points', match='points: exists', points=['-f', 'points'])
     assert cli('--save-points', 'points', '--overwrite', points=['-f', 'points']) == 0  # edited in place
@@ -554,7 +554,7 @@ def test_preview_errors(cli, monkeypatch):
     (cli.folder / 'preview.png').write_text('old')
     cli.fails('--preview', 'preview.png', match='preview.png: exists')
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    cli.fails('--preview', 'other.png', match='other.png: needs matplotlib: matplotlib is missing; run: python -m pip')
+    cli.fails('--preview', 'other.png', match='other.png: matplotlib is missing; run: python -m pip')
 
 
 @pytest.mark.parametrize('size', [(90, 120), (1100, 301), (301, 1100), (3, 2001)])

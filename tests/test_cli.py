@@ -127,7 +127,7 @@ def test_points_from_option_file_and_standard_input_are_the_same(cli, monkeypatc
 
 
 @pytest.mark.parametrize(('points', 'status', 'match'), [
-    ('30 30 40 40 50', 2, '5 coordinates are not pairs'),
+    ('30 30 40 40 50', 2, 'coordinates are not all pairs'),
     ('30 30 40 forty 50 50', 2, "'forty' is not a number of pixels"),
     ('-30 30 40 40 50 50', 1, 'first point has a minus sign'),
     ('30 30 23 40 50 50', 1, 'sky.tif: point (23, 40) is within 24 pixels of the border; use a smaller sigma'),
@@ -141,7 +141,7 @@ def test_bad_points(cli, points, status, match):
 
 
 @pytest.mark.parametrize(('text', 'match'), [
-    ('30 30\n40\n', 'points: line 2: 1 coordinates are not pairs'),
+    ('30 30\n40\n', 'points: line 2: coordinates are not all pairs'),
     ('30 30\n40 x\n', "points: line 2: coordinate 'x'"),
     ('', 'points: no points'),
     ('30 30\n30 30\n40 40\n', 'points: point (30, 30) in points, line 2, number 2, repeats number 1'),
@@ -246,13 +246,16 @@ def test_pixels_that_become_black_are_counted_and_explained(cli):
     cli.sky[40, 60] = 1  # one pixel is no news
     tifffile.imwrite('sky.tif', cli.sky, photometric='rgb')
     assert cli('-s', 2, '--overwrite') == 0
-    assert 'warning' not in cli.stderr
+    assert 'warning: out.tif' not in cli.stderr
 
 
 def test_sky_that_is_no_level(cli):
     for word in ('grey', 'nan', 'inf', ''):
         cli.fails('--sky', word, status=2, match='is neither a number nor one of gray, color, darkest')
-    cli.fails('--sky', '-5', '--divide', match='sky.tif: to divide, the sky needs a level above 0, not -5, -5, -5')
+    cli.fails('--sky', '0', '--divide', match='sky.tif: to divide, the sky needs a level above 0, not 0, 0, 0')
+    for number in ('-5', '65536'):
+        cli.fails('--sky', number, match=f'sky.tif: a sky level of {number} is not in the range of the picture, '
+                                                 '0 to 65535')
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -295,6 +298,8 @@ def test_output_in_the_wrong_place(cli):
     (cli.folder / 'folder' / 'sky.tif').mkdir()
     cli.fails('-o', 'folder', match='folder/sky.tif: is a folder')
     cli.fails('-b', 'nowhere/bg.tif', match='nowhere/bg.tif: there is no folder')
+    for option in ('-o', '-b', '--save-points'):  # it would be a file of that name
+        cli.fails(option, 'nowhere/', match='nowhere/: there is no such folder')
 
 
 @posix
@@ -306,7 +311,7 @@ def test_outputs_are_told_from_inputs_and_each_other(cli):
         cli.fails('-o', name, '--overwrite', match='is the input sky.tif')
         cli.fails('-b', name, '--overwrite', match='is the input sky.tif')
     cli.fails('-o', 'points', '--overwrite', match='is the input points', points=['-f', 'points'])
-    cli.fails('-b', 'out.tif', match='out.tif: is the same file as out.tif')
+    cli.fails('-b', 'out.tif', match='out.tif: is named for two outputs')
     cli.fails('-b', './out.tif', match='is the same file as out.tif')
     os.symlink('out.tif', 'other.tif')
     cli.fails('-b', 'other.tif', match='is the same file as out.tif')
@@ -368,8 +373,8 @@ def test_commands_for_many_pictures(cli, tool):
     done = subprocess.run(f'{commands[0]} && {command}', shell=True, capture_output=True, text=True,
                           env={**os.environ, 'PATH': f'{cli.folder}{os.pathsep}{os.environ["PATH"]}'})
     assert done.returncode != 0  # one of them failed
-    assert 'rmgradient: error: 4.tif: neither a TIFF nor a FITS picture\n' in done.stderr
-    assert (tool != '-i *') == ('1 of 4 pictures failed, 3 are done' not in done.stderr)
+    assert 'rmgradient: error: 4.tif: is neither a TIFF nor a FITS picture\n' in done.stderr
+    assert (tool != '-i *') == ('1 of 4 pictures failed; the others are done' not in done.stderr)
     assert sorted(os.listdir('corrected')) == ['0.tif', '1.tif', 'sky.tif']
     outputs = [(cli.folder / 'corrected' / f'{i}.tif').read_bytes() for i in range(2)]
     assert len(set(outputs)) == 1
@@ -385,6 +390,63 @@ def test_points_files_that_look_wrong(cli):
     (cli.folder / 'other').write_text('# m31.tif, 600 x 400 pixels, sigma 8\n30 30\n90 60\n60 40\n')
     assert cli('--overwrite', points=['-f', 'other']) == 0
     assert 'sky.tif: has 120 x 90 pixels, and the points were saved for a picture of 600 x 400' in cli.stderr
+
+
+def test_points_with_numbers_or_of_another_sigma(cli):
+    numbered = ''.join(f'{i} {x} {y}\n' for i, (x, y) in enumerate(cli.points, 30))
+    (cli.folder / 'numbered').write_text(numbered)
+    cli(points=['-f', 'numbered'])
+    assert 'warning: numbered: some lines hold more than a pair of numbers; only the first two are used: are the ' \
+        'first ones the numbers of the points?' in cli.stderr
+    assert cli('--overwrite', '--save-points', 'saved', '-s', '4.5') == 0
+    assert cli('--overwrite', '-s', '4.5', points=['-f', 'saved']) == 0
+    assert 'saved with' not in cli.stderr
+    assert cli('--overwrite', points=['-f', 'saved']) == 0
+    assert 'warning: saved: the points were saved with --sigma 4.5, and are used with 8' in cli.stderr
+
+
+def hilly(cli, places):
+    """Write a sky with a nebula at (300, 200), run with the places as points, and return the warnings."""
+    y, x = np.mgrid[0:400, 0:600]
+    light = 3000 * np.exp(-((x - 300) ** 2 + (y - 200) ** 2) / (2 * 50.0**2))
+    sky = 3000 + 0.5 * x + light + np.random.default_rng(1).normal(0, 100, x.shape)
+    tifffile.imwrite('sky.tif', np.rint(sky).astype(np.uint16))
+    assert cli('-q', '--overwrite', points=['-p', *words(places)]) == 0
+    return cli.stderr
+
+
+def test_points_that_hardly_agree(cli):
+    """One bad point among a few is not told from the others, but all are doubtful; among many it is named."""
+    good = [(x, y) for x in range(40, 600, 75) for y in range(40, 400, 80) if np.hypot(x - 300, y - 200) > 170]
+    message = 'the points hardly agree on a smooth background: some may be on nebulae or stars'
+    assert hilly(cli, good) == ''
+    assert hilly(cli, [(40, 40), (560, 40), (40, 360), (560, 360), (300, 40)]) == ''
+    assert message in hilly(cli, [(40, 40), (560, 40), (40, 360), (560, 360), (300, 200)])
+    for bad in ([(290, 200)], [(290, 200), (310, 205)]):
+        named = hilly(cli, [*good, *bad])
+        assert len(re.findall('brighter than its neighbors suggest', named)) == len(bad)
+        assert all(f'point {place} is' in named for place in bad)
+        assert message not in named
+
+
+def test_background_below_zero(cli):
+    sky = np.clip(1000 - 20.0 * np.arange(120), 100, None)[None] + np.random.default_rng(1).normal(0, 10, (90, 120))
+    tifffile.imwrite('sky.tif', np.rint(sky).astype(np.uint16))
+    assert cli('-q', points=['-p', *words([(24, 24), (40, 60), (25, 40), (35, 24)])]) == 0
+    assert re.search(r'warning: sky.tif: the background falls to -\d\S+, below 0, near \(119, \d+\), where no point '
+                     'holds it; add one of empty sky there', cli.stderr)
+
+
+def test_dither_is_for_integers(cli):
+    assert cli('--dither') == 0
+    assert 'changes nothing' not in cli.stderr
+    tifffile.imwrite('sky.tif', draw(dtype=np.float32)[0], photometric='rgb')
+    assert cli('--dither', '--overwrite') == 0
+    assert 'warning: sky.tif: --dither is for integers, and changes nothing here' in cli.stderr
+
+
+def test_blur_that_is_too_wide(cli):
+    cli.fails('-s', '15', match='sky.tif: the blur reaches 45 pixels, too far in 120 x 90 pixels; use a smaller sigma')
 
 
 def test_points_over_a_small_part_of_the_picture(cli):
@@ -445,7 +507,7 @@ def test_system_that_is_not_posix(cli):
                           capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert done.returncode == 1
     assert 'damaged.tif: damaged: segment 0 of 1 ends at byte' in done.stderr
-    assert '1 of 3 pictures failed, 2 are done' in done.stderr
+    assert '1 of 3 pictures failed; the others are done' in done.stderr
     assert cli() == 0
     for name in names[:2]:
         assert_array_equal(tifffile.imread(f'out/{name}'), tifffile.imread('out.tif'))

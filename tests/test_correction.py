@@ -7,7 +7,7 @@ import tifffile
 from helpers import draw
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 import rmgradient as rg
 
@@ -109,10 +109,22 @@ def test_stretch_keeps_white_white(dtype):
     assert corrected[0, 0].tolist() == [white] * 3
 
 
+@pytest.mark.parametrize('dtype', ['u2', 'f4'])
+def test_stretch_levels_the_sky(dtype):
+    """Background becomes sky, white stays white, and between them the scale is even."""
+    white = 1.0 if dtype == 'f4' else 65535
+    background = np.linspace(0.05, 0.4, 300).reshape(1, 100, 3) * white
+    sky = np.array([0.2, 0.1, 0.25]) * white
+    image = np.concatenate([background, np.full((1, 100, 3), white), (background + white) / 2])
+    corrected = rg.correct(image.astype(dtype), background - sky, 'stretch', sky)
+    expected = np.broadcast_to(np.stack([sky, [white] * 3, (sky + white) / 2])[:, None], image.shape)
+    assert_allclose(corrected, expected, atol=1.5 if dtype == 'u2' else 1e-6)  # input and output are rounded
+
+
 def test_stretch_refuses_what_it_cannot_keep():
     with pytest.raises(rg.RmgradientError, match='1.0 for white, but there are values up to 1.5'):
         rg.correct(np.full((1, 1, 1), 1.5), np.zeros((1, 1, 1)), 'stretch')
-    with pytest.raises(rg.RmgradientError, match='can not keep white, 255, where 255 is subtracted'):
+    with pytest.raises(rg.RmgradientError, match='can not keep white, 255, where the background is 255'):
         rg.correct(np.zeros((1, 1, 1), np.uint8), np.full((1, 1, 1), 255.0), 'stretch')
     nan = rg.correct(np.full((1, 1, 1), np.nan), np.zeros((1, 1, 1)), 'stretch')
     assert np.isnan(nan).all()
@@ -135,7 +147,8 @@ def test_dither_keeps_means(method):
     image = np.full((200, 200, 1), 100, np.uint8)
     shift, sky = np.full(image.shape, 7.3), np.array([50.0])
     exact = rg.correct(image.astype(float) / (255 if method == 'stretch' else 1),
-                       shift / (255 if method == 'stretch' else 1), method, sky)
+                       shift / (255 if method == 'stretch' else 1), method,
+                       sky / (255 if method == 'stretch' else 1))
     mean = exact[0, 0, 0] * (255 if method == 'stretch' else 1)
     dithered = rg.correct(image, shift, method, sky, rg.dither_noise(0, 200, 200, 1))
     # A value between two integers is the upper one by chance p: variance p (1 - p) <= 1/4.

@@ -14,6 +14,7 @@ import pytest
 import tifffile
 from helpers import ROOT
 from matplotlib.backend_bases import KeyEvent, MouseEvent
+from matplotlib.collections import EllipseCollection
 from numpy.testing import assert_allclose, assert_array_equal
 
 import rmgradient as rg
@@ -225,6 +226,12 @@ def test_enter_needs_points_and_escape_leaves(hand):
     assert not hand.editor.accepted
     hand.set(PLACES)
     hand.press('escape')
+    assert 'points are not saved (s); Escape again leaves them' in hand.said
+    assert plt.fignum_exists(hand.editor.figure.number)
+    hand.click(200, 300)  # after any change it is asked anew
+    hand.press('escape')
+    assert plt.fignum_exists(hand.editor.figure.number)
+    hand.press('escape')
     assert not hand.editor.accepted
     assert not plt.fignum_exists(hand.editor.figure.number)
     hand.press('enter')
@@ -290,7 +297,7 @@ def test_without_display_or_toolkit(cli, monkeypatch):
     monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: True)
     cli.fails('--edit', points=[], match='--edit can not open the display :98765')
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    cli.fails('--edit', points=[], match='needs matplotlib: matplotlib is missing; run: python -m pip')
+    cli.fails('--edit', points=[], match='error: matplotlib is missing; run: python -m pip')
 
 
 @pytest.fixture
@@ -300,11 +307,11 @@ def scripted(cli, sky, monkeypatch):
     tifffile.imwrite('sky.tif', sky, photometric='rgb')
     monkeypatch.setattr(rg, 'choose_toolkit', lambda: None)
     editors, real = [], rg.Editor
-    monkeypatch.setattr(rg, 'Editor', lambda *arguments: editors.append(real(*arguments)) or editors[-1])
+    monkeypatch.setattr(rg, 'Editor', lambda *some, **more: editors.append(real(*some, **more)) or editors[-1])
 
-    def run(user, *arguments, points=()):
+    def run(user, *arguments, points=(), output=True):
         monkeypatch.setattr(plt, 'show', lambda block: user(Hand(editors[-1])))
-        return cli(*arguments, '--edit', points=list(points))
+        return cli(*arguments, '--edit', points=list(points)) if output else rg.main(['-i', 'sky.tif', '--edit'])
     run.cli = cli
     yield run
     plt.close('all')
@@ -358,9 +365,38 @@ def test_escape_writes_nothing_but_what_was_saved(scripted):
     def other(hand):
         hand.press('a')
         hand.press('s')
-        assert 'sky_points.txt: exists' in hand.said
+        assert 'sky_points.txt exists; once more replaces it' in hand.said
+        hand.press('escape')
         hand.press('escape')
     assert scripted(other) == 0
+    before = (scripted.cli.folder / 'sky_points.txt').read_bytes()
+
+    def third(hand):
+        hand.set(PLACES[:4])
+        hand.press('s')
+        assert (scripted.cli.folder / 'sky_points.txt').read_bytes() == before
+        hand.press('s')
+        assert (scripted.cli.folder / 'sky_points.txt').read_text().count('\n') == 5
+        hand.press('escape')
+    assert scripted(third) == 0
+
+
+def test_enter_without_an_output_saves_the_points(scripted):
+    def user(hand):
+        hand.set(PLACES)
+        hand.press('enter')
+    assert scripted(user) == 0  # with -o: the picture, and no points
+    assert scripted.cli.files() == ['out.tif', 'sky.tif']
+    assert scripted(user, output=False) == 0
+    assert scripted.cli.files() == ['out.tif', 'sky.tif', 'sky_points.txt']
+    assert 'without -o no picture is written; Enter saves the points' in scripted.cli.capsys.readouterr().err
+
+
+def test_rings_show_what_is_measured(hand):
+    hand.set(PLACES)
+    hand.click(200, 300, key='shift')
+    rings, = (each for each in hand.editor.left.collections if isinstance(each, EllipseCollection))
+    assert len(rings.get_offsets()) == len(PLACES)
 
 
 @pytest.mark.skipif(not (shutil.which('Xvfb') and shutil.which('xdotool')), reason='needs Xvfb and xdotool')
@@ -396,7 +432,8 @@ def test_real_window(cli, sky):
                 break
         xdotool('key', 'Return')
         _, message = process.communicate(timeout=60)
-        assert (process.returncode, message) == (0, '')
+        assert process.returncode == 0
+        assert all('warning: sky.tif: ' in line for line in message.splitlines()), message
         pairs = rg.parse_points_file((cli.folder / 'points').read_text().splitlines())[0]
         assert_array_equal(pairs[:7], PLACES)
         assert len(pairs) == 8

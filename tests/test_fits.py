@@ -349,10 +349,10 @@ def test_output_is_of_the_format_of_the_input(run):
     sky, _ = draw()
     fits.writeto('sky.fits', planes(sky))
     for name in ('x.tif', 'x.TIFF', 'x.jpg', 'x.png', 'x.xisf', 'x.fits.gz'):
-        run.cli.fails('-i', 'sky.fits', '-o', name, match=f'{name}: the output is a FITS as the input is, not ')
+        run.cli.fails('-i', 'sky.fits', '-o', name, match=f'{name}: a FITS picture is written as FITS, not ')
     for name in ('x.fits', 'x.FIT', 'x.jpeg', 'x.psd'):
-        run.cli.fails('-o', name, match=f'{name}: the output is a TIFF as the input is, not ')
-        run.cli.fails('-b', name, match=f'{name}: the output is a TIFF as the input is, not ')
+        run.cli.fails('-o', name, match=f'{name}: a TIFF picture is written as TIFF, not ')
+        run.cli.fails('-b', name, match=f'{name}: a TIFF picture is written as TIFF, not ')
     for name in ('x.fts', 'x', 'x.1'):
         assert run.cli('-i', 'sky.fits', '-o', name) == 0
     run.cli.fails('-i', 'sky.fits', '-o', 'y.fits', '-c', '1', match='FITS is written without compression')
@@ -360,7 +360,7 @@ def test_output_is_of_the_format_of_the_input(run):
 
 def test_without_astropy(run, monkeypatch):
     (run.cli.folder / 'sky.fits').write_bytes(header(**PRIMARY) + DATA)
-    for error, match in ((ModuleNotFoundError('no', name='astropy'), 'needs astropy: astropy is missing; run: python'),
+    for error, match in ((ModuleNotFoundError('no', name='astropy'), 'sky.fits: astropy is missing; run: python'),
                          (RuntimeError('numpy is too new'), 'a library can not be loaded (RuntimeError)')):
         class Finder:
             def find_spec(self, name, *_, error=error):

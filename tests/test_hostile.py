@@ -282,7 +282,7 @@ def test_nothing_unprintable_gets_out(cli):
         assert '\x1b' not in cli.stderr
         assert '\x07' not in cli.stderr
     os.mkfifo('name\x07')
-    cli.fails('-i', 'name\x07', '-o', 'x', match='name\\x07: not a regular file')
+    cli.fails('-i', 'name\x07', '-o', 'x', match='name\\x07: is not a regular file')
 
 
 @pytest.mark.parametrize('option', ['-o', '-b', '--save-points', '-i', '-f', '--reference'])
@@ -292,7 +292,7 @@ def test_empty_names(cli, option):
 
 def test_endless_points(cli, monkeypatch):
     if os.path.exists('/dev/zero'):
-        cli.fails(points=['-f', '/dev/zero'], match='/dev/zero: no file of points: it has more than')
+        cli.fails(points=['-f', '/dev/zero'], match='/dev/zero: is not a file of points: it has more than')
 
     class Endless(io.RawIOBase):
         lines = itertools.cycle([b'1 2\n' * 1000])
@@ -305,7 +305,7 @@ def test_endless_points(cli, monkeypatch):
             buffer[:len(data)] = data
             return len(data)
     monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BufferedReader(Endless())))
-    cli.fails(points=['-f', '-'], match='standard input: no file of points')
+    cli.fails(points=['-f', '-'], match='standard input: is not a file of points')
     (cli.folder / 'many').write_text('\n'.join(f'{x} {y}' for x in range(80) for y in range(80)))
     cli.fails(points=['-f', 'many'], match='many: 6400 points are too many')
 

@@ -64,8 +64,8 @@ def test_points_are_chosen_for_each(night):
 def test_a_failing_one_does_not_stop_the_rest(night):
     (night.folder / 'night/1.tif').write_text('no picture')
     assert night(*PICTURES, '-q', points=['-f', 'points']) == 1
-    assert night.stderr.splitlines() == ['rmgradient: error: night/1.tif: neither a TIFF nor a FITS picture',
-                                         'rmgradient: error: 1 of 3 pictures failed, 2 are done']
+    assert night.stderr.splitlines() == ['rmgradient: error: night/1.tif: is neither a TIFF nor a FITS picture',
+                                         'rmgradient: error: 1 of 3 pictures failed; the others are done']
     assert listing(night.folder / 'out') == ['0.tif', '2.tif']
 
 
@@ -83,23 +83,32 @@ def test_what_fails_in_one_picture_is_named_after_it(night, monkeypatch, error):
     assert night(*PICTURES, '-q', points=['-f', 'points']) == 1
     first, last = night.stderr.splitlines()
     assert first.startswith('rmgradient: error: night/0.tif: ')
-    assert last == 'rmgradient: error: 1 of 3 pictures failed, 2 are done'
+    assert last == 'rmgradient: error: 1 of 3 pictures failed; the others are done'
     assert listing(night.folder / 'out') == ['1.tif', '2.tif']
 
 
 @pytest.mark.parametrize(('arguments', 'match'), [
     (['-i', 'night/0.tif', 'sky.tif', './sky.tif'], 'sky.tif and ./sky.tif have the same name'),
-    (['-i', 'night/0.tif', 'sky.tif', '-o', 'out.tif'], 'out.tif: is no folder; name one that exists'),
-    (['-i', 'night/0.tif', 'sky.tif', '-o', 'out', '-b', 'out'], 'out/0.tif: is the same file as out/0.tif'),
+    (['-i', 'night/0.tif', 'sky.tif', '-o', 'out.tif'], 'out.tif: is not a folder; name one that exists'),
+    (['-i', 'night/0.tif', 'sky.tif', '-o', 'out', '-b', 'out'], 'out/0.tif: is named for two outputs'),
     (['-i', 'night/0.tif', 'night/1.tif', '-o', 'night', '--overwrite'], 'night/0.tif: is the input night/0.tif'),
     (['-i', 'night/0.tif', 'night/2.tif', '-o', 'old'], 'old/2.tif: exists; choose another name'),
-    (['-i', 'night/0.tif', 'night/2.tif', '-o', 'out', '--preview', 'p.png'], 'p.png: is no folder')])
+    (['-i', 'night/0.tif', 'night/2.tif', '-o', 'out', '--preview', 'p.png'], 'p.png: is not a folder')])
 def test_refused_before_anything_is_read(night, monkeypatch, arguments, match):
     (night.folder / 'old').mkdir()
     (night.folder / 'old/2.tif').write_text('old')
     monkeypatch.setattr(rg, 'open_picture', None)  # opening a picture would be a traceback
     night.fails(*arguments, match=match)
     assert listing(night.folder / 'out') == []
+
+
+def test_options_given_twice_add(night):
+    """What is named is not dropped without a word."""
+    assert night('-i', 'night/0.tif', '-i', 'night/2.tif', '-o', 'out', points=['-f', 'points']) == 0
+    assert listing(night.folder / 'out') == ['0.tif', '2.tif']
+    pairs = words(night.points)
+    assert night('-i', 'night/0.tif', points=['-p', *pairs[:10], '-p', *pairs[10:]]) == 0
+    assert (night.folder / 'out.tif').read_bytes() == (night.folder / 'out/0.tif').read_bytes()
 
 
 def test_one_picture_into_a_folder(night):

@@ -44,8 +44,8 @@ def test_shape_and_type_are_kept(dtype, n_channels):
 
 
 @pytest.mark.parametrize(('arguments', 'match'), [
-    ({'image': np.zeros((90, 120), complex)}, 'no picture'), ({'image': np.zeros(90)}, 'no picture'),
-    ({'image': np.zeros((0, 5))}, 'no picture'), ({'method': 'multiply'}, "'multiply' is none of"),
+    ({'image': np.zeros((90, 120), complex)}, 'is not a picture'), ({'image': np.zeros(90)}, 'is not a picture'),
+    ({'image': np.zeros((0, 5))}, 'is not a picture'), ({'method': 'multiply'}, "'multiply' is none of"),
     ({'sky': 'grey'}, "'grey', is neither a number"), ({'sky': np.nan}, 'neither'),
     ({'points': [(30, 30)]}, 'too few'), ({'sigma': -1}, '0.1 to 10000'), ({'sigma': 20}, 'smaller sigma')])
 def test_errors_are_values(arguments, match):
@@ -65,7 +65,7 @@ def test_points_may_be_chosen():
 def test_background_to_divide_by_is_positive(cli):
     y, x = np.mgrid[0:90, 0:120]
     sky = (x - 10.0)[..., None] * [1.0, 1.0, 1.0]
-    with pytest.raises(rg.RmgradientError, match=r'the background is -10\S* at \(0, \d+\); to divide by it'):
+    with pytest.raises(rg.RmgradientError, match=r'the background is -10\S* at \(0, \d+\), and can not be divided by'):
         rg.remove_gradient(sky, scatter(), method='divide')
     tifffile.imwrite('sky.tif', sky.astype(np.float32), photometric='rgb')
     cli.fails('--divide', match='error: sky.tif: the background is -10')
@@ -75,6 +75,20 @@ def test_stretch_of_bright_floats(cli):
     tifffile.imwrite('sky.tif', cli.sky.astype(np.float32), photometric='rgb')
     cli.fails('--stretch', match='sky.tif: stretching takes 1.0 for white, but there are values up to')
     cli.fails('--stretch', '--divide', status=2, match='not allowed with')
+
+
+def test_open_picture_serves_as_an_array(cli):
+    with rg.open_picture('sky.tif') as picture:
+        corrected = rg.remove_gradient(picture, cli.points)
+    assert_array_equal(corrected, rg.remove_gradient(cli.sky, cli.points))
+    with pytest.raises(rg.RmgradientError, match='open_picture opens a file'):
+        rg.remove_gradient('sky.tif', cli.points)
+
+
+@pytest.mark.parametrize('points', [None, ['a', 'b'], [(1, 2), (3,)], [[None, 1]]])
+def test_points_that_are_no_numbers(points):
+    with pytest.raises(rg.RmgradientError, match='points'):
+        rg.remove_gradient(draw()[0], points)
 
 
 def test_importing_does_nothing():
@@ -101,7 +115,8 @@ def test_examples_of_the_documentation(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(('arguments', 'match'), [
     ({'smooth': -1}, "smoothness -1 is neither a number from 0 on nor 'auto'"), ({'smooth': 'none'}, 'smoothness'),
-    ({'smooth': np.nan}, 'smoothness nan'), ({'rows': 0}, 'rows are 0'), ({'rows': 2.5}, 'rows are 2.5'),
+    ({'smooth': np.nan}, 'smoothness nan'), ({'sigma': 'x'}, 'a blur of sigma x'), ({'sky': -1}, 'sky level of -1'),
+    ({'rows': 0}, 'rows are 0'), ({'rows': 2.5}, 'rows are 2.5'),
     ({'image': np.ma.masked_less(draw()[0], 10)}, r'an image with a mask would lose it; pass image.filled\(np.nan\)'),
     ({'image': np.moveaxis(draw()[0], 2, 0)}, r'channels first; pass np.moveaxis\(image, 0, -1\)')])
 def test_options_are_checked(arguments, match):

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import tifffile
+from helpers import words
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.ndimage import gaussian_filter, rotate, shift
 
@@ -34,7 +35,13 @@ def glow(rng, strength=4000):
     return 1500 + strength * rng.uniform(0.5, 1) * dome[..., None] * [1.0, 0.8, 0.6]
 
 
-def pair(seed=2, scale=(0.8, 0.9, 1.1)):
+def pair(*arguments):
+    """Return copies of what `draw_pair` draws once."""
+    return [each.copy() for each in draw_pair(*arguments)]
+
+
+@functools.lru_cache
+def draw_pair(seed=2, scale=(0.8, 0.9, 1.1)):
     """Return a frame, its reference, and the frame's background, as it is found: without the reference's constant."""
     rng = np.random.default_rng(seed)
     background = glow(rng)
@@ -198,6 +205,22 @@ def test_command_line_errors(two):
     tifffile.imwrite('empty.tif', empty, photometric='rgb')
     two.fails('--reference', 'empty.tif', points=['-p', '110', '200', '300', '200', '400', '100'],
               match='empty.tif: point (110, 200) has pixels without data')
+
+
+def test_reference_that_is_not_registered(two):
+    """A shift by eight pixels is told, one by none is not."""
+    assert two('--reference', 'best.tif', points=['-a']) == 0
+    assert 'registered' not in two.stderr
+    tifffile.imwrite('best.tif', np.roll(tifffile.imread('best.tif'), 8, axis=1), photometric='rgb')
+    assert two('--reference', 'best.tif', '--overwrite', points=['-a']) == 0
+    assert 'is it registered to the pixel?' in two.stderr
+
+
+def test_few_points_tell_no_light_from_background(two):
+    places = [(60, 60), (300, 60), (540, 60), (60, 340), (300, 340), (540, 340), (300, 200), (200, 150)]
+    two.fails('--reference', 'best.tif', points=['-p', *words(places[:7])],
+              match='best.tif: 7 points are too few to tell its light from the background; give at least 8')
+    assert two('--reference', 'best.tif', points=['-p', *words(places)]) == 0
 
 
 def test_session_gets_one_background(two):
