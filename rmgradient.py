@@ -913,19 +913,18 @@ def _find_pair(choice, centers, least_error):
     distances = distances_between(centers, centers)
     distances[choice.leader[:, None] == choice.leader] = np.inf
     pairs = np.stack([np.arange(n_points), distances.argmin(axis=1)], axis=1)
-    errors, standardized = np.zeros((2, 2, *choice.errors.shape))
+    errors, standardized = np.zeros((2, *choice.errors.shape)), np.zeros_like(choice.errors)
     for i, pair in enumerate(pairs):
         out = np.flatnonzero(np.isin(choice.leader, choice.leader[pair]))
         covariance = np.linalg.pinv(choice.precision[np.ix_(out, out)], hermitian=True)
         at = np.searchsorted(out, pair)
         errors[:, i] = -(covariance @ choice.weights[out])[at]
-        standardized[:, i] = errors[:, i] / np.sqrt(np.diag(covariance)[at, None] + TINY)
-    significant = np.abs(significance(errors, standardized, robust_std(standardized[0]), least_error))
-    worst, channel = np.unravel_index(significant[0].argmax(), significant[0].shape)
+        standardized[i] = errors[0, i] / np.sqrt(covariance[at[0], at[0]] + TINY)
+    significant = np.abs(significance(errors[0], standardized, robust_std(standardized), least_error))
+    worst, channel = np.unravel_index(significant.argmax(), significant.shape)
     out = np.isin(choice.leader, choice.leader[pairs[worst]])
     usual = _usual_around(choice, centers, worst, out)[1][channel]
-    if (significant[:, worst, channel] <= [MISFIT, MISFIT / 2]).any() or (
-            np.abs(standardized[0, worst, channel]) <= MISFIT * usual):
+    if min(significant[worst, channel], np.abs(standardized[worst, channel]) / usual) <= MISFIT:
         return []
     return list(zip(pairs[worst], errors[:, worst, channel]))
 

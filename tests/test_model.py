@@ -258,8 +258,11 @@ def test_good_points_give_no_warning_and_bad_ones_do():
 
 
 def test_steep_glows_are_no_misfits():
-    """Where a glow is steep, points are hard to predict, and so are their neighbors, which acquit them."""
-    rng, n_sets, n_found = np.random.default_rng(11), 0, 0
+    """Where a glow is steep, points are hard to predict, and so are their neighbors, which acquit them.
+
+    But two bad neighbors do not acquit each other.
+    """
+    rng, n_sets, n_found, n_pairs = np.random.default_rng(11), 0, 0, 0
     for _ in range(60):
         places = np.unique(np.stack([rng.integers(25, 875, 40), rng.integers(25, 575, 40)], axis=1), axis=0)
         x, y = places.T
@@ -271,8 +274,13 @@ def test_steep_glows_are_no_misfits():
         levels[20] += 1500
         misfits = rg.find_misfits(points, levels, noise, rg.fit_background(points, levels).choice)
         n_found += 20 in [i for i, _ in misfits]
-    assert n_sets <= 18  # 34 without that
-    assert n_found >= 40
+        neighbor = rg.distances_between(points.centers, points.centers)[20].argsort()[1]
+        levels[neighbor] += 1300
+        misfits = rg.find_misfits(points, levels, noise, rg.fit_background(points, levels).choice)
+        n_pairs += {20, neighbor} <= {i for i, _ in misfits}
+    assert n_sets <= 18  # 34 if no neighbors acquit
+    assert n_found >= 50
+    assert n_pairs >= 50  # 7 if pairs are not judged
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
