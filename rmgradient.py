@@ -905,28 +905,30 @@ def _usual_around(choice, centers, i, out):
 def _find_pair(choice, centers, least_error):
     """Return index and error of the worst point and its nearest neighbor if both stand out.
 
-    As in `_find_worst`, but left out together, see `left_out_errors`.
+    As in `_find_worst`, but left out together, see `left_out_errors`; not of points on isolines.
     """
-    n_points = len(centers)
-    if n_points < LEAST_PLACES + 2:
+    leaders, counts = np.unique(choice.leader, return_counts=True)
+    alone = np.flatnonzero(np.isin(choice.leader, leaders[counts == 1]))
+    if len(alone) < LEAST_PLACES:
         return []
-    distances = distances_between(centers, centers)
-    distances[choice.leader[:, None] == choice.leader] = np.inf
-    pairs = np.stack([np.arange(n_points), distances.argmin(axis=1)], axis=1)
-    errors, standardized = np.zeros((2, *choice.errors.shape)), np.zeros_like(choice.errors)
-    for i, pair in enumerate(pairs):
-        out = np.flatnonzero(np.isin(choice.leader, choice.leader[pair]))
-        covariance = np.linalg.pinv(choice.precision[np.ix_(out, out)], hermitian=True)
-        at = np.searchsorted(out, pair)
-        errors[:, i] = -(covariance @ choice.weights[out])[at]
-        standardized[i] = errors[0, i] / np.sqrt(covariance[at[0], at[0]] + TINY)
+    distances = distances_between(centers[alone], centers[alone])
+    np.fill_diagonal(distances, np.inf)
+    pairs = np.stack([alone, alone[distances.argmin(axis=1)]])
+    # The inverse of two rows and columns of the precision, written out for all pairs.
+    own, other = np.diag(choice.precision)[pairs][..., None]
+    shared, (first, second) = choice.precision[*pairs][:, None], choice.weights[pairs]
+    determinant = own * other - shared**2
+    judged = determinant > 1e-12 * own.max() ** 2
+    errors = np.stack([shared * second - other * first, shared * first - own * second])
+    errors = np.where(judged, errors / np.where(judged, determinant, 1), 0)
+    standardized = errors[0] * np.sqrt(np.where(judged, determinant / other, 0))
     significant = np.abs(significance(errors[0], standardized, robust_std(standardized), least_error))
     worst, channel = np.unravel_index(significant.argmax(), significant.shape)
-    out = np.isin(choice.leader, choice.leader[pairs[worst]])
-    usual = _usual_around(choice, centers, worst, out)[1][channel]
+    pair = pairs[:, worst]
+    usual = _usual_around(choice, centers, pair[0], np.isin(np.arange(len(centers)), pair))[1][channel]
     if min(significant[worst, channel], np.abs(standardized[worst, channel]) / usual) <= MISFIT:
         return []
-    return list(zip(pairs[worst], errors[:, worst, channel]))
+    return list(zip(pair, errors[:, worst, channel]))
 
 
 @np.errstate(over='ignore')  # beside errors of zero, others are infinitely large
