@@ -93,8 +93,9 @@ from typing import NamedTuple
 def why_not_loaded(error):
     """Return the message of a library that is missing, or fails to load, which each does in its own way."""
     if isinstance(error, ModuleNotFoundError) and error.name and '.' not in error.name:
-        needed = 'numpy scipy "tifffile[codecs]" threadpoolctl tqdm'
-        names = needed if error.name in f'imagecodecs {needed}' else error.name
+        names = error.name
+        if names in ('imagecodecs', 'numpy', 'scipy', 'tifffile', 'threadpoolctl', 'tqdm'):
+            names = 'numpy scipy "tifffile[codecs]" threadpoolctl tqdm'
         return f'{error.name} is missing; run: python -m pip install {names}'
     kind = type(error).__name__
     return f'a library can not be loaded ({kind}): not enough memory, or installed in part only'
@@ -139,8 +140,7 @@ class NamedError(RmgradientError):
 
 def printable(text):
     """Return text in which what is not printable, as in the name of a file, is escaped."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode()
-                   for c in str(text))
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
 
 
 @contextlib.contextmanager
@@ -163,22 +163,12 @@ SEPARATORS = r'[\s,;()\[\]{}]+'  # of coordinates
 
 
 class Points(NamedTuple):
-    """Places on the background, in pixels, each with the place where its level is measured.
+    """Places on the background, in pixels, each with the place where its level is measured."""
 
-    Attributes
-    ----------
-    x, y : (n_points,) int ndarray
-        Column and row; the top left pixel is (0, 0).
-    leader : (n_points,) int ndarray
-        Index of the point whose level each takes: its own, or that of the first point of its isoline.
-    sources : tuple of str
-        Where each was read, for messages; empty if that is not known.
-    """
-
-    x: np.ndarray
-    y: np.ndarray
-    leader: np.ndarray
-    sources: tuple = ()
+    x: np.ndarray  # (n_points,) int: column; the top left pixel is (0, 0)
+    y: np.ndarray  # (n_points,) int: row
+    leader: np.ndarray  # (n_points,) int: index of whose level each takes, its own or its isoline's first
+    sources: tuple = ()  # where each was read, for messages; empty if that is not known
 
     @property
     def on_isoline(self):
@@ -202,7 +192,7 @@ class Points(NamedTuple):
 
     def describe(self, indices):
         """Return some of the points in words: the first five, and how many more."""
-        sources = [f' in {source}' for source in self.sources] or [''] * len(self.x)
+        sources = [source and f' in {source}' for source in self.sources] or [''] * len(self.x)
         some = ', '.join(f'({self.x[i]}, {self.y[i]}){sources[i]}' for i in indices[:5])
         more = f' and {len(indices) - 5} more' if len(indices) > 5 else ''
         return f'{"points" if len(indices) > 1 else "point"} {some}{more}'
@@ -211,7 +201,7 @@ class Points(NamedTuple):
 def parse_coordinates(words):
     """Return the (n_points, 2) pairs that words hold; decimals are rounded, and -0 keeps its sign."""
     found = []
-    for word in re.split(SEPARATORS, ' '.join(words).strip(' ,;()[]{}')) if words else []:
+    for word in re.split(SEPARATORS, ' '.join(words).strip(' ,;()[]{}')):
         if not re.fullmatch(r'[+-]?[0-9]{1,9}(\.[0-9]*)?', word, re.ASCII):
             raise RmgradientError(f'coordinate {word[:40]!r} is not a number of pixels')
         found.append(math.copysign(round(abs(float(word))), -1 if word[0] == '-' else 1))
@@ -241,8 +231,7 @@ def parse_points_file(lines):
 
 def format_points(points):
     """Return lines that `parse_points_file` reads."""
-    signs = np.where(points.on_isoline, '-', '')
-    return [f'{sign}{x} {y}' for sign, x, y in zip(signs, points.x, points.y)]
+    return [f'{x:.0f} {abs(y):.0f}' for x, y in points.pairs]
 
 
 def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) -> Points:
@@ -376,7 +365,7 @@ def measure_levels(image: np.ndarray | Picture, points: Points,
             raise RmgradientError(f'{points.describe([i])} has {reason} within {radius} pixels; '
                                   'move it or use a smaller sigma')
     largest = np.abs(levels[points.leader]).max()
-    if not 1e-140 < largest < 1e140 and largest > 0:  # squares of others are no numbers
+    if largest and not 1e-140 < largest < 1e140:  # squares of others are no numbers
         raise RmgradientError(f'levels up to {largest:.3g} are not from 1e-140 to 1e140; '
                               'multiply the picture by a power of ten')
     return levels[points.leader], noise[points.leader]
@@ -421,7 +410,7 @@ def is_empty(rows):
 
 def with_channels(image):
     """Return a gray (height, width) array as (height, width, 1), and anything else as it is."""
-    return image[..., None] if isinstance(image, np.ndarray) and image.ndim == 2 else image
+    return image[..., None] if len(image.shape) == 2 else image
 
 
 def row_groups(height, rows=ROWS):
@@ -455,16 +444,13 @@ def multiquadric(distances, epsilon):
 
 
 def trend_terms(places, centers, trend):
-    """Return the (n_places, n_terms) values of the terms of a trend, which are orthonormal over the centers.
-
-    Across centers that all but lie on a line, nothing is known of the slope: the plane is level there.
-    """
+    """Return the (n_places, n_terms) values of a trend's terms, which are orthonormal over the centers."""
     constant = np.full((len(places), 1), len(centers) ** -0.5)
     if trend == 'mean':
         return constant
     middle = centers.mean(axis=0)
     _, lengths, directions = np.linalg.svd(centers - middle, full_matrices=False)
-    known = lengths > 0.01 * lengths[0]
+    known = lengths > 0.01 * lengths[0]  # across centers that all but lie on a line, the plane is level
     return np.hstack([constant, (places - middle) @ directions[known].T / lengths[known]])
 
 
@@ -591,12 +577,9 @@ def _likeliest(eigenvalues, vectors, smoothness, terms, residuals):
     """
     variance = eigenvalues + smoothness[:, None]
     along, beside = vectors.T @ residuals, vectors.T @ terms[:, 1:]
-    misfit = (1 / variance) @ along**2
-    unlikely = np.log(variance).sum(axis=1)
-    if beside.shape[1]:
-        h, b = (np.einsum('sk,ki,kj->sij', 1 / variance, beside, a, optimize=True) for a in (beside, along))
-        misfit -= (b * np.linalg.solve(h, b)).sum(axis=1)
-        unlikely += np.linalg.slogdet(h)[1]
+    h, b = (np.einsum('sk,ki,kj->sij', 1 / variance, beside, a, optimize=True) for a in (beside, along))
+    misfit = (1 / variance) @ along**2 - (b * np.linalg.solve(h, b)).sum(axis=1)
+    unlikely = np.log(variance).sum(axis=1) + np.linalg.slogdet(h)[1]
     unlikely = residuals.shape[1] * unlikely + (len(terms) - terms.shape[1]) * np.log(misfit).sum(axis=1)
     unlikely = np.round(unlikely, 9)  # four points and a plane say nothing about either: the first of equals
     i = unlikely.argmin()
@@ -621,9 +604,8 @@ def _solve(centers, levels, leader, distances, spacing, trend, terms, residuals,
     if trend == 'plane':
         slope = np.linalg.pinv(centers - middle, rcond=0.01) @ trend_levels
     plane = np.vstack([trend_levels.mean(axis=0) - middle @ slope, slope])
-    errors, standardized = left_out_errors(weights, precision, leader)
-    return Choice(trend=trend, epsilon=float(epsilon), smooth=float(smooth), plane=plane, weights=weights,
-                  precision=precision, leader=leader, errors=errors, standardized=standardized)
+    return Choice(trend, float(epsilon), float(smooth), plane, weights, precision, leader,
+                  *left_out_errors(weights, precision, leader))
 
 
 def left_out_errors(weights, precision, leader):
@@ -649,17 +631,14 @@ def left_out_errors(weights, precision, leader):
 
 
 def leave_out(choice, out):
-    """Return a Choice without some points, (n_points,) bool: trend, shape and smoothness stay.
-
-    By Schur's complement, which costs less than to solve the equations anew.
-    """
+    """Return a Choice without some points, (n_points,) bool: trend, shape and smoothness stay."""
+    # Schur's complement costs less than to solve the equations anew.
     corner = choice.precision[np.ix_(~out, out)]
     share = corner @ np.linalg.pinv(choice.precision[np.ix_(out, out)], hermitian=True)
     weights, leader = choice.weights[~out] - share @ choice.weights[out], choice.leader[~out]
     precision = choice.precision[np.ix_(~out, ~out)] - share @ corner.T
-    errors, standardized = left_out_errors(weights, precision, leader)
-    return choice._replace(plane=None, weights=weights, precision=precision, leader=leader, errors=errors,
-                           standardized=standardized)
+    return Choice(choice.trend, choice.epsilon, choice.smooth, None, weights, precision, leader,
+                  *left_out_errors(weights, precision, leader))
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -667,32 +646,23 @@ def leave_out(choice, out):
 BLOCK = 2**17  # float64 values at a time: fewer make threads wait for the interpreter, more leave the cache
 
 
-class BackgroundModel:
-    """A fitted background: a plane plus a multiquadric for each channel.
+class BackgroundModel(NamedTuple):
+    """A fitted background: a plane plus a multiquadric for each channel."""
 
-    Attributes
-    ----------
-    centers : (n_points, 2) float64 ndarray
-        Where the multiquadrics stand, x and y, in pixels.
-    weights : (n_points, n_channels) ndarray
-        In data units.
-    epsilon : float
-        Shape of the multiquadric, in pixels.
-    plane : (3, n_channels) ndarray
-        Coefficients of 1, x and y.
-    choice : Choice or None
-        How the adaptive model was chosen; None for the classic one.
-    """
+    centers: np.ndarray  # (n_points, 2): where the multiquadrics stand, x and y, in pixels
+    weights: np.ndarray  # (n_points, n_channels), in data units
+    epsilon: float  # shape of the multiquadric, in pixels
+    plane: np.ndarray  # (3, n_channels): coefficients of 1, x and y
+    choice: Choice | None = None  # how the adaptive model was chosen; None for the classic one
 
-    def __init__(self, centers, weights, epsilon, plane, choice=None):
-        self.centers, self.weights, self.epsilon = centers, weights, epsilon
-        self.plane, self.choice = plane, choice
-        self.n_channels = plane.shape[1]
+    @property
+    def n_channels(self):
+        """How many channels it has."""
+        return self.plane.shape[1]
 
     def above(self, sky):
         """Return the model less the (n_channels,) level of the sky: what is subtracted."""
-        plane = self.plane - [sky, 0 * sky, 0 * sky]
-        return BackgroundModel(self.centers, self.weights, self.epsilon, plane, self.choice)
+        return self._replace(plane=self.plane - [sky, 0 * sky, 0 * sky])
 
     def shrunk(self, factor):
         """Return the model in pixels that are factor times as large."""
@@ -700,7 +670,7 @@ class BackgroundModel:
         constant, *slope = self.plane
         plane = np.stack([constant + middle * sum(slope), *(factor * along for along in slope)])
         centers = (self.centers - middle) / factor
-        return BackgroundModel(centers, self.weights, self.epsilon / factor, plane, self.choice)
+        return self._replace(centers=centers, epsilon=self.epsilon / factor, plane=plane)
 
     def blocks(self, start, stop, width):
         """Yield slices of rows, counted from start, and of columns, and the background there.
@@ -718,11 +688,8 @@ class BackgroundModel:
                 yield slice(top, top + n_rows), columns, background.reshape(n_rows, -1, self.n_channels)
 
     def lower_bound(self, start, stop, width):
-        """Return (n_channels,) values that no pixel of rows is below, for a tenth of the work of `blocks`.
-
-        Weights of sum 1 and absolute sum L take values between a and b to no less than
-        (a + b) / 2 - L (b - a) / 2.
-        """
+        """Return (n_channels,) values that no pixel of rows is below, for a tenth of the work of `blocks`."""
+        # Weights of sum 1 and absolute sum L take values in a ... b to (a + b) / 2 - L (b - a) / 2 or more.
         bounds = []
         for _, y_matrix, along_x in self._panels(start, stop, width):
             a, b = along_x.min(axis=0), along_x.max(axis=0)
@@ -779,10 +746,10 @@ def chebyshev_panels(n_pixels, epsilon):
     """
     n_panels = math.ceil(n_pixels / (2 * epsilon + 1))
     panel = math.ceil(n_pixels / n_panels)
-    half = (panel - 1) / 2
-    s = epsilon / half if half else math.inf
+    half = max(panel - 1, 1) / 2
+    s = epsilon / half
     rho = s + math.sqrt(1 + s * s)
-    n_nodes = 1 + math.ceil(math.log(4 * 2**52 / (rho - 1)) / math.log(rho)) if half else 1
+    n_nodes = 1 + math.ceil(math.log(4 * 2**52 / (rho - 1)) / math.log(rho))
     if n_nodes < panel:
         angles = (np.arange(n_nodes) + 0.5) * (np.pi / n_nodes)
         nodes = half - half * np.cos(angles)
@@ -818,8 +785,7 @@ def fit_background(points: Points, levels: np.ndarray, smooth: float | str = 'au
     if not (isinstance(smooth, numbers.Real) and 0 <= smooth < math.inf):
         raise RmgradientError(f"smoothness {smooth!r} is neither a number from 0 on nor 'auto'")
     from scipy.interpolate import Rbf  # takes longer to load than most pictures to correct
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # "ill-conditioned": judged below by what matters
+    with warnings.catch_warnings(action='ignore'):  # "ill-conditioned": judged below by what matters
         try:
             rbf = Rbf(*points.centers.T, levels, function='multiquadric', mode='N-D', smooth=smooth)
             off = np.abs(rbf.A @ rbf.nodes - levels).max()
@@ -879,7 +845,7 @@ def _find_worst(choice, centers, least_error):
     """
     rest, found, acquitted, least = np.arange(len(centers)), [], [], MISFIT
     while len(rest) > 3:
-        significant = np.abs(significance_left_out(choice, least_error))
+        significant = np.abs(significance(choice.errors, choice.standardized, least_error))
         significant[np.isin(rest, acquitted)] = 0
         worst, channel = np.unravel_index(significant.argmax(), significant.shape)
         if significant[worst, channel] <= least:
@@ -922,7 +888,7 @@ def _find_pair(choice, centers, least_error):
     errors = np.stack([shared * second - other * first, shared * first - own * second])
     errors = np.where(judged, errors / np.where(judged, determinant, 1), 0)
     standardized = errors[0] * np.sqrt(np.where(judged, determinant / other, 0))
-    significant = np.abs(significance(errors[0], standardized, robust_std(standardized), least_error))
+    significant = np.abs(significance(errors[0], standardized, least_error))
     worst, channel = np.unravel_index(significant.argmax(), significant.shape)
     pair = pairs[:, worst]
     usual = _usual_around(choice, centers, pair[0], np.isin(np.arange(len(centers)), pair))[1][channel]
@@ -932,25 +898,19 @@ def _find_pair(choice, centers, least_error):
 
 
 @np.errstate(over='ignore')  # beside errors of zero, others are infinitely large
-def significance(errors, standardized, usual, least):
-    """Return how many times the usual of its channel each standardized error is, 0 up to the least.
+def significance(errors, standardized, least, usual=None):
+    """Return how many times as large as usual each standardized error is, 0 for errors up to the least.
 
-    Errors and standardized ones as in `left_out_errors`; usual and least, (n_channels,).
+    Errors and standardized ones as in `left_out_errors`; least, (n_channels,); usual: standardized errors
+    of other points, if these are not judged by their own.
     """
+    usual = robust_std(standardized if usual is None else usual)
     return np.where(np.abs(errors) > least, standardized / usual, 0)
 
 
-def significance_left_out(choice, least):
-    """Return the `significance` of the errors of a Choice's own points, each left out."""
-    return significance(choice.errors, choice.standardized, robust_std(choice.standardized), least)
-
-
 def robust_std(errors):
-    """Return a standard deviation of each channel that a few large errors do not disturb.
-
-    1.4826 times the median of the absolute values, which is the standard deviation if they are normal.
-    """
-    return 1.4826 * np.median(np.abs(errors), axis=0) + TINY
+    """Return a standard deviation of each channel that a few large errors do not disturb."""
+    return 1.4826 * np.median(np.abs(errors), axis=0) + TINY  # the standard deviation of normal errors
 
 
 # ---- Reference -----------------------------------------------------------------------------------
@@ -1002,8 +962,7 @@ def fit_beside_reference(points: Points, levels: np.ndarray, reference: np.ndarr
     light = np.broadcast_to(reference - np.median(reference, axis=0), levels.shape)
     kept = np.ones(len(levels), bool)
     for n_left in reversed(range(5)):
-        some = points.subset(kept)
-        model, scale, error, correlation = _fit_scale(some, levels[kept], light[kept])
+        model, scale, error, correlation = _fit_scale(points.subset(kept), levels[kept], light[kept])
         if correlation.max() < LEAST_CORRELATION:
             raise RmgradientError(f'details correlate with those of the picture by {in_words(correlation)} '
                                   'only; is it registered, and does it show the same field?')
@@ -1066,14 +1025,11 @@ MOST_SCATTER, LEAST_SKY = 4.0, 0.6  # noises, and part of the places: beyond, th
 
 
 class Chosen(NamedTuple):
-    """Points that were chosen, out of how many quiet places, and whether these agree on a smooth surface.
-
-    Where sky grew from certain points: whether the points predict each other to a few times their noise.
-    """
+    """Points that were chosen, out of how many quiet places, and whether these agree on a smooth surface."""
 
     points: Points
     n_places: int
-    agree: bool
+    agree: bool  # of sky that grew from certain points: whether all predict each other to a few noises
 
 
 class Sites(NamedTuple):
@@ -1132,50 +1088,46 @@ def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIG
         raise RmgradientError(f'a grid of {n} cells along the longer side is not from 3 to {MOST_CELLS}')
     image = with_channels(image)
     height, width, _ = image.shape
-    points = join_quiet_places(image, n, sigma, given, starmap)
-    n_given = 0 if given is None else len(given.x)
+    points, certain = join_quiet_places(image, n, sigma, given, starmap)
     levels, noise = measure_levels(image, points, sigma)
     noise = with_rounding(np.median(noise, axis=0), image, points, sigma)
     rounding = 1e-9 * np.abs(levels).max(axis=0) + TINY
     varies = np.ptp(levels, axis=0) > rounding  # a constant channel tells nothing
     varies |= not varies.any()
-    noise, certain = np.maximum(noise, rounding)[varies], np.arange(len(levels)) < n_given
-    size = np.array([width, height])
+    noise, size = np.maximum(noise, rounding)[varies], np.array([width, height])
     sites = Sites(points, levels[:, varies], noise, certain, size, size.max() / n)
     with one_blas_thread():
         sky, scatter = find_consensus(sites)
-        agree = scatter < MOST_SCATTER and sky.mean() > LEAST_SKY and sky[sites.certain].all()
-        can_grow = given is not None and (~given.on_isoline).sum() >= LEAST_GIVEN
-        if agree or not can_grow:
+        agree = scatter < MOST_SCATTER and sky.mean() > LEAST_SKY and sky[certain].all()
+        if agree or (certain & ~points.on_isoline).sum() < LEAST_GIVEN:
             sky |= ends_of_glows(sky, sites)
-            sky = (sky & ~rims(sky, sites)) | sites.certain
+            sky = (sky & ~rims(sky, sites)) | certain
             sky, choice, errors = follow_model(sky, sites)
         else:
             sky, choice, errors = follow_model(grow_from_certain(sites), sites)
             agree = (robust_std(choice.errors) < MOST_SCATTER * sites.noise).all()
         sky = leave_faint_ends(sky, choice, errors, sites)
-    return Chosen(points.subset(sky), len(sky) - n_given, agree)
+    return Chosen(points.subset(sky), np.count_nonzero(~certain), agree)
 
 
-def join_quiet_places(image, n, sigma, given, starmap=itertools.starmap):
-    """Return given points, if any, and the quiet places that are not as good as one of them, as Points."""
+def join_quiet_places(image, n, sigma, given, starmap):
+    """Return given points, if any, and quiet places not as good as one of them; and which are given."""
+    given = given or Points(*np.zeros((3, 0), int))
     places = find_quiet_places(image, n, sigma, starmap)
-    if given is None:
-        given = Points(*np.zeros((3, 0), int))
-    elif len(places):
-        places = places[distances_between(places.astype(float), given.centers).min(axis=1) > 2 * sigma]
-    n_given = len(given.x)
-    if n_given + len(places) < LEAST_PLACES:
+    away = distances_between(places, given.centers).min(axis=1, initial=np.inf)
+    places = places[away > 2 * sigma]
+    if len(given.x) + len(places) < LEAST_PLACES:
         raise RmgradientError(f'too few quiet places with data, {len(places)}; use a finer grid, a smaller '
                               'sigma, or give points')
+    indices = np.arange(len(given.x) + len(places))
+    is_given = indices < len(given.x)
     sources = given.sources and (*given.sources, *[''] * len(places))
-    return Points(*np.hstack([given[:3], [*places.T, n_given + np.arange(len(places))]]), sources)
+    return Points(*np.hstack([given[:3], [*places.T, indices[~is_given]]]), sources), is_given
 
 
 def places_beside_reference(image, reference, n, sigma, given=None, starmap=itertools.starmap):
     """Return given points, if any, and all quiet places where the reference has data, too, as Points."""
-    points = join_quiet_places(image, n, sigma, given, starmap)
-    has_data = np.arange(len(points.x)) < (0 if given is None else len(given.x))
+    points, has_data = join_quiet_places(image, n, sigma, given, starmap)
     for i in np.flatnonzero(~has_data):
         with contextlib.suppress(RmgradientError):
             measure_levels(reference, unchecked_points(points.pairs[[i]]), sigma)
@@ -1187,14 +1139,12 @@ def places_beside_reference(image, reference, n, sigma, given=None, starmap=iter
 
 
 def with_rounding(noise, image, points, sigma):
-    """Return the (n_channels,) noise of levels, or the error of rounding where noise can't hide that.
-
-    The step is the smallest difference between pixels side by side, so that it scales with the picture.
-    """
+    """Return the (n_channels,) noise of levels, or the error of rounding where noise can't hide that."""
     radius, pixel_noise = math.ceil(3 * sigma), noise * 2 * math.sqrt(math.pi) * sigma
     measured = points.subset(~points.on_isoline)
     rows = [image[y:y + 1, x - radius:x + radius + 1][0] for x, y in zip(measured.x, measured.y)]
     differences = np.abs(np.diff(np.array(rows, float), axis=1)).reshape(-1, len(noise))
+    # The smallest difference between pixels side by side scales with the picture.
     step = differences.min(axis=0, where=differences > 0, initial=np.inf)
     step[np.isinf(step)] = 0
     return np.where(pixel_noise < step / 2, step / math.sqrt(12), noise)
@@ -1229,8 +1179,7 @@ def find_consensus(sites):
         return concentrate(Surfaces(legendre_terms(places, degree), levels, weights), np.array(starts), costs)
 
     degrees = [d for d in DEGREES if n_places >= (1 if d < 3 else 1.5) * (d + 1) * (d + 2)]
-    found = in_two_threads(best_of, degrees)
-    return max(found, key=lambda each: each[0], default=(0, np.ones(n_places, bool), 1.0))[1:]
+    return max(in_two_threads(best_of, degrees), key=lambda each: each[0])[1:]
 
 
 def concentrate(surfaces, sky, costs):
@@ -1305,10 +1254,7 @@ def legendre_terms(places, degree):
 
 
 def chi_squared_quantile(n):
-    """Return the 99 % quantile of chi-squared of n degrees of freedom.
-
-    Wilson and Hilferty 1931, PNAS 17, 684.
-    """
+    """Return the 99 % quantile of chi-squared, n degrees of freedom: Wilson, Hilferty 1931, PNAS 17, 684."""
     return n * (1 - 2 / (9 * n) + 2.326 * math.sqrt(2 / (9 * n))) ** 3
 
 
@@ -1330,11 +1276,12 @@ def grow_from_certain(sites):
     for _ in range(ROUNDS):
         choice = fit_sites(sky, sites)
         off, deviation = np.zeros((2, len(sky)))
-        off[sky] = np.abs(significance_left_out(choice, least)).max(axis=1)
+        off[sky] = np.abs(significance(choice.errors, choice.standardized, least)).max(axis=1)
         near = sky.copy()
         if not sky.all():
             errors, deviation[~sky] = predict_others(choice, sites.points.centers, sites.levels, sky)
-            off[~sky] = np.abs(significance_predicted(choice, errors, deviation[~sky], least)).max(axis=1)
+            standardized = errors / deviation[~sky, None]
+            off[~sky] = np.abs(significance(errors, standardized, least, choice.standardized)).max(axis=1)
             near |= deviation <= np.quantile(deviation[~sky], 0.3)
         before, sky = sky, sites.certain | (off < AS_PREDICTED) & near
         if (sky == before).all():
@@ -1345,7 +1292,7 @@ def grow_from_certain(sites):
 def rims(sky, sites):
     """Tell which places have many neighbors off the surface."""
     near = sites.neighbors()
-    return (near & ~sky).sum(axis=1) > RIM * np.maximum(near.sum(axis=1), 1)
+    return (near & ~sky).sum(axis=1) > RIM * near.sum(axis=1)
 
 
 def groups_off(sky, sites):
@@ -1391,7 +1338,7 @@ def follow_model(sky, sites):
             sky = sky & ~out
             continue
         errors, deviation = predict_others(choice, sites.points.centers, sites.levels, sky)
-        off = significance_predicted(choice, errors, deviation, MISFIT * sites.noise)
+        off = significance(errors, errors / deviation[:, None], MISFIT * sites.noise, choice.standardized)
         predicted = brightness[~sky] - (errors / sites.noise).sum(axis=1)
         joins = np.zeros(len(sky), bool)
         joins[~sky] = (np.abs(off).max(axis=1) < JOINS) & (predicted > np.quantile(brightness[sky], 0.9))
@@ -1432,7 +1379,7 @@ def places_above(choice, sky, sites, limit, least, where=True):
     Limit and least: in typical errors, and in data units, see `significance`.
     """
     excess = np.zeros(len(sky))
-    excess[sky] = significance_left_out(choice, least).max(axis=1)
+    excess[sky] = significance(choice.errors, choice.standardized, least).max(axis=1)
     excess[sites.certain | np.logical_not(where)] = 0
     return excess > max(limit, 0.6 * excess.max())
 
@@ -1453,11 +1400,6 @@ def predict_others(choice, centers, levels, accepted):
     errors = levels[~accepted] - shares[:n_inside].T @ levels[accepted]
     variance = choice.smooth - 1 + np.einsum('ij,ji->i', at[~accepted], shares)
     return errors, np.sqrt(np.maximum(variance, 1e-12))
-
-
-def significance_predicted(choice, errors, deviation, least):
-    """Return the `significance` of the errors of others, as `predict_others` returns them."""
-    return significance(errors, errors / deviation[:, None], robust_std(choice.standardized), least)
 
 
 def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
@@ -1483,12 +1425,10 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
             bad |= ~np.isfinite(rows).all(axis=2)
         if hasattr(image, 'transparent'):
             bad |= image.transparent(start, below)
-        reached = np.zeros(across, bool)
-        if bad.any():
-            columns = bad.any(axis=0)
-            for i in range(tile + 1):
-                each = columns[i:i + across * tile:tile]
-                reached[:len(each)] |= each
+        bad = bad.any(axis=0)
+        reached = bad[:across * tile].reshape(across, tile).any(axis=1)
+        beside = bad[tile:across * tile + 1:tile]
+        reached[:len(beside)] |= beside
         # Over rows first: sums over the short last axes are slow.
         with np.errstate(invalid='ignore', over='ignore'):
             rows = rows[:tile, :across * tile].reshape(tile, -1).astype(float)
@@ -1508,15 +1448,16 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
     if not good.any():
         return np.empty((0, 2), int)
     typical = np.median(variance[good], axis=0)
-    good &= (variance >= 0.04 * typical).all(axis=2)  # a fifth of the usual scatter: filled in, not measured
-    structure = np.where(good, (variance / np.maximum(typical, TINY)).sum(axis=2), np.inf).ravel()
+    structure = (variance / np.maximum(typical, TINY)).sum(axis=2)
+    # Below a fifth of the usual scatter it was filled in, not measured.
+    good &= (variance >= 0.04 * typical).all(axis=2) & np.isfinite(structure)
+    x, y, structure = x[good], y[good], structure[good]
     cell = max(height, width) / n
     cells_across, cells_down = max(1, round(width / cell)), max(1, round(height / cell))
-    cells = (y * cells_down // height * cells_across + x * cells_across // width).ravel()
+    cells = y * cells_down // height * cells_across + x * cells_across // width
     order = np.lexsort([structure, cells])
     first = order[np.unique(cells[order], return_index=True)[1]]
-    first = first[np.isfinite(structure[first])]
-    return np.stack([x.ravel()[first], y.ravel()[first]], axis=1)
+    return np.stack([x[first], y[first]], axis=1)
 
 
 # ---- Sky level -----------------------------------------------------------------------------------
@@ -1575,10 +1516,7 @@ def find_sky(sky: str | float | None, method: str, levels: np.ndarray, model: Ba
 
 
 def find_darkest(model, height, width, rows=ROWS, starmap=itertools.starmap):
-    """Return the (n_channels,) lowest background of each channel over all pixels of the frame, in data units.
-
-    Only those groups of rows are evaluated whose lower bound leaves the possibility that they hold it.
-    """
+    """Return the lowest background of each channel in the frame, (n_channels,) in data units."""
     def bounding(start, stop):
         return model.lower_bound(start, stop, width)
 
@@ -1586,6 +1524,7 @@ def find_darkest(model, height, width, rows=ROWS, starmap=itertools.starmap):
         blocks = model.blocks(start, stop, width)
         return np.min([block.min(axis=0).min(axis=0) for _, _, block in blocks], axis=0)
 
+    # Only groups of rows are evaluated whose lower bound leaves the possibility that they hold it.
     groups = row_groups(height, rows)
     bounds = np.array(list(starmap(bounding, groups)))
     first = np.unique(bounds.argmin(axis=0))
@@ -1608,7 +1547,7 @@ def is_classic(model, sky):
     return model.choice is None and sky in (None, 'darkest')
 
 
-def check_divisor(model, height, width, rows=ROWS):
+def check_divisor(model, height, width, rows):
     """Raise RmgradientError, with the place, unless the background is positive everywhere."""
     lowest, place = math.inf, None
     for start, stop in row_groups(height, rows):
@@ -1703,17 +1642,18 @@ def _subtract_integers(strip, shift):
         return to_dtype(strip - shift, strip.dtype)
     shift = shift.astype(signed)
     # Counted from the lowest value of the dtype, all is unsigned. Limited first, the difference can't wrap.
-    result = strip if strip.dtype == unsigned else turn_sign(strip, unsigned)
+    result = turn_sign(strip, unsigned)
     if highest > 0:
         result = np.maximum(result, np.maximum(shift, 0).view(unsigned))
     if lowest < 0:
         result = np.minimum(result, ~np.maximum(-shift, 0).view(unsigned))  # ~x is the largest value less x
-    result = result - shift.view(unsigned)
-    return result if strip.dtype == unsigned else turn_sign(result, strip.dtype)
+    return turn_sign(result - shift.view(unsigned), strip.dtype)
 
 
 def turn_sign(values, dtype):
-    """Return integers offset by half their range, by their highest bit, in a dtype of the same size."""
+    """Return integers in a dtype of the same size, offset by half their range if that has another sign."""
+    if values.dtype == dtype:
+        return values
     unsigned = values.view(f'u{dtype.itemsize}')
     return (unsigned ^ unsigned.dtype.type(1 << 8 * dtype.itemsize - 1)).view(dtype)
 
@@ -1746,8 +1686,8 @@ def dither_noise(start, stop, width, n_channels, stream=0):
     Parallel random numbers: as easy as 1, 2, 3), so that neither threads nor groups of rows matter.
     `stream` tells pictures apart.
     """
-    numbers = [np.random.Philox(key=stream, counter=[0, 0, 0, row]) for row in range(start, stop)]
-    return np.stack([np.random.Generator(each).random((width, n_channels)) for each in numbers]) - 0.5
+    sources = [np.random.Philox(key=stream, counter=[0, 0, 0, row]) for row in range(start, stop)]
+    return np.stack([np.random.Generator(each).random((width, n_channels)) for each in sources]) - 0.5
 
 
 def correct_rows(strip, start, model, method='subtract', sky=None, dither=False, classic=False, blank=None):
@@ -1822,7 +1762,7 @@ class RandomAccess:
             return self._file.read(size)
 
 
-class Picture:
+class Picture(contextlib.AbstractContextManager):
     """An open picture file that gives any of its rows; each format has a class that fills this in.
 
     Wherever a window of rows and columns is cut out of a (height, width, n_channels) array, this serves as
@@ -1848,9 +1788,6 @@ class Picture:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()
@@ -1878,21 +1815,14 @@ class Picture:
         color = self.read(rows.start, rows.stop, columns.start, columns.stop)[..., :self.shape[2]]
         return color if self.blank is None else np.where(color == self.blank, np.nan, color)
 
-    def transparent(self, start, stop):
-        """Tell which pixels of rows start to stop - 1 have an alpha of 0, (n_rows, width)."""
-        return np.zeros((stop - start, self.shape[1]), bool)
-
 
 def read_binned(image, left, right, top, bottom, n=1000):
-    """Return a part of the picture in about n x n pixels at most, float64, and the side of these in its own.
-
-    Columns are averaged; of the rows of a block no more than four are read, of a large block one, so that a
-    large picture opens as fast as a small one.
-    """
+    """Return a part of the picture binned to about n x n pixels at most, float64, and by which factor."""
     factor, rows = max(1, -(-max(right - left, bottom - top) // n)), []
     edges = np.arange(0, right - left, factor)
     counts = np.diff([*edges, right - left])[:, None]
     for start in range(top, bottom, factor):
+        # Few rows of each block are read, so that a large picture opens as fast as a small one.
         stop = min(start + min(factor, 4 if factor < 8 else 1), bottom)
         some = image[start:stop, left:right].astype(float).mean(axis=0)
         rows.append(np.add.reduceat(some, edges, axis=0) / counts)
@@ -2043,8 +1973,7 @@ class TiffImage(Picture):
         check_segments(page, file.size)
         self.n_samples, self.dtype = page.samplesperpixel, page.dtype.newbyteorder('=')
         self.shape = page.imagelength, page.imagewidth, 3 if page.photometric == 2 else 1
-        extra_samples = [int(kind) for kind in page.extrasamples]
-        self._unreadable = []
+        extra_samples, self._unreadable = [int(kind) for kind in page.extrasamples], []
         tags, n_pages = self._read_tags(entries), 1 + self._count_pictures(next_directory)
         self.warnings += [f'{what} cannot be read and is left out' for what in self._unreadable[:3]]
         if n_more := len(self._unreadable[3:]):
@@ -2077,8 +2006,9 @@ class TiffImage(Picture):
         return tifffile.TiffFile(io.BytesIO(head + directory)).pages.first
 
     def transparent(self, start, stop):
+        """Tell which pixels of rows start to stop - 1 have an alpha of 0, (n_rows, width)."""
         if 2 not in self.profile.extra_samples:
-            return super().transparent(start, stop)
+            return np.zeros((stop - start, self.shape[1]), bool)
         return self.read(start, stop)[..., self.shape[2] + self.profile.extra_samples.index(2)] == 0
 
     def writer(self, file, kind, rows, compress):
@@ -2152,7 +2082,7 @@ class TiffImage(Picture):
                 else:
                     value = self._bytes.declared(offset, count * TYPE_SIZES[type_])
                     tags.append(Tag(code, type_, count, value))
-            except (KeyError, Damage, struct.error, OverflowError) as error:
+            except (KeyError, Damage) as error:
                 what = NAMES_OF_TAGS.get(code, f'tag {code}')
                 if code in (ICC, XMP):
                     reason = error if isinstance(error, Damage) else 'its type is unknown'
@@ -2163,14 +2093,14 @@ class TiffImage(Picture):
     def _count_pictures(self, directory):
         """Return how many further pages are pictures: neither reduced ones nor levels of a pyramid."""
         height, width, _ = self.shape
-        n_pictures, seen = 0, {0, self._page.offset}
+        n_pictures, seen = 0, {0, self._bytes.first}
         while directory not in seen and len(seen) < 10000:
             seen.add(directory)
             try:
                 entries, directory = self._bytes.directory(directory)
                 tags = {code: self._bytes.numbers(type_, 1, offset)[0] for code, type_, _, offset in entries
                         if code in (254, 255, 256, 257)}
-            except (KeyError, Damage, struct.error, OSError, OverflowError):
+            except (KeyError, Damage, OSError):
                 self.warnings.append('a further page is damaged and left out')
                 break
             is_level = any(abs(tags.get(256, 0) - width / 2**k) < 1 > abs(tags.get(257, 0) - height / 2**k)
@@ -2318,47 +2248,41 @@ class TiffStrips:
         """Return the bytes of a (n_rows, width, n_samples) strip; may be called from several threads."""
         if self._profile.photometric == 0:
             strip = invert(strip)
-        if not self._compress:
-            return np.ascontiguousarray(strip, self._dtype)
+        if self._predictor == 2:
+            strip = imagecodecs.delta_encode(np.ascontiguousarray(strip), axis=-2)
+        data = np.ascontiguousarray(strip, self._dtype)
         if self._predictor == 3:
-            data = imagecodecs.floatpred_encode(np.ascontiguousarray(strip, self._dtype), axis=-2)
-        else:
-            data = np.ascontiguousarray(strip)
-            if self._predictor == 2:
-                data = imagecodecs.delta_encode(data, axis=-2)
-            data = data.astype(self._dtype, copy=False)
-        return imagecodecs.deflate_encode(data.tobytes(), self._compress)
+            data = imagecodecs.floatpred_encode(data, axis=-2)
+        return imagecodecs.deflate_encode(data.tobytes(), self._compress) if self._compress else data
 
     def append(self, data):
         """Write an encoded strip."""
-        size = memoryview(data).nbytes
         self._offsets.append(self._file.tell())
-        self._sizes.append(size)
-        self._file.write(data)
-        if size % 2:
+        self._sizes.append(self._file.write(data))
+        if self._sizes[-1] % 2:
             self._file.write(b'\0')  # values begin at even offsets
 
     def finish(self):
         """Write the directory, and the header that points to it."""
-        image, offset = self._profile, self._file.tell()
-        order, n_samples = image.byteorder, image.n_samples
-        height, width, n_channels = image.shape
+        profile, offset = self._profile, self._file.tell()
+        order, n_samples = profile.byteorder, profile.n_samples
+        height, width, n_channels = profile.shape
         place = LONG8 if self.bigtiff else LONG
         structure = {'ImageWidth': (LONG, [width]), 'ImageLength': (LONG, [height]),
-                     'BitsPerSample': (SHORT, [image.dtype.itemsize * 8] * n_samples),
+                     'BitsPerSample': (SHORT, [profile.dtype.itemsize * 8] * n_samples),
                      'Compression': (SHORT, [8 if self._compress else 1]),
-                     'PhotometricInterpretation': (SHORT, [image.photometric]),
+                     'PhotometricInterpretation': (SHORT, [profile.photometric]),
                      'StripOffsets': (place, self._offsets), 'SamplesPerPixel': (SHORT, [n_samples]),
                      'RowsPerStrip': (LONG, [self._rows]), 'StripByteCounts': (place, self._sizes),
                      'PlanarConfiguration': (SHORT, [1]),
-                     'SampleFormat': (SHORT, ['uif'.index(image.dtype.kind) + 1] * n_samples)}
+                     'SampleFormat': (SHORT, ['uif'.index(profile.dtype.kind) + 1] * n_samples)}
         if self._predictor != 1:
             structure['Predictor'] = SHORT, [self._predictor]
-        if n_samples > n_channels and image.extra_samples:
-            structure['ExtraSamples'] = SHORT, image.extra_samples
+        if n_samples > n_channels and profile.extra_samples:
+            structure['ExtraSamples'] = SHORT, profile.extra_samples
         tags = [Tag(tifffile.TIFF.TAGS[name], type_, len(values), struct.pack(
             f'{order}{len(values)}{NUMBERS[type_]}', *values)) for name, (type_, values) in structure.items()]
-        for tag in image.tags:
+        for tag in profile.tags:
             if tag.code in PER_SAMPLE_TAGS and tag.count > n_samples:
                 tag = tag._replace(count=n_samples, value=tag.value[:n_samples * TYPE_SIZES[tag.type]])
             tags.append(tag)
@@ -2388,15 +2312,14 @@ class FitsHeader(NamedTuple):
         from astropy.io.fits import Card
         for card in self.cards:
             if card.startswith(f'{name:8}='.encode()):
-                with warnings.catch_warnings():
-                    warnings.simplefilter('ignore')  # what is not as in the standard is copied as it is
+                with warnings.catch_warnings(action='ignore'):  # what is not standard is copied as it is
                     return Card.fromstring(card.decode('ascii', 'replace').replace('\ufffd', '?')).value
         return default
 
     def whole_number(self, name, default=None):
         """Return a value that is a whole number; Damage if it is none."""
         value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool):
+        if type(value) is not int:  # bool is none
             raise Damage(f'{name} is {value!r}, not a whole number')
         return value
 
@@ -2468,7 +2391,7 @@ class FitsImage(Picture):
             raise RmgradientError(f'values are scaled by BSCALE {scale} and BZERO {zero}; save them as they '
                                   'are, integers or floating point numbers')
         kind = 'f' if bits < 0 else 'u' if bits == 8 else 'i'
-        self._stored = np.dtype(f'>{kind}{abs(bits) // 8}')
+        self._stored = np.dtype(f'>{kind}{abs(bits) // 8}')  # in the file
         self.dtype = self._stored.newbyteorder('=')
         if zero:
             self.dtype = np.dtype(f'{"i" if kind == "u" else "u"}{self.dtype.itemsize}')
@@ -2488,7 +2411,7 @@ class FitsImage(Picture):
                 if not found:
                     raise
                 break  # what is behind a picture is copied, whatever it is
-            start = header.data + padded(header.end - header.data)
+            start = padded(header.end)
             if start >= self._bytes.size:
                 break
         if not found:
@@ -2508,7 +2431,7 @@ class FitsImage(Picture):
             with self._damage():
                 data = self._bytes.read(self._header.data + first * item, step * n_columns * item)
             window[row:row + step, :, plane] = np.frombuffer(data, self._stored).reshape(-1, n_columns)
-        return window if self.dtype == window.dtype else turn_sign(window, self.dtype)
+        return turn_sign(window, self.dtype)
 
     def writer(self, file, kind, rows, compress):
         """Return a FitsPlanes; there are no strips, and there is no compression."""
@@ -2543,8 +2466,7 @@ class FitsPlanes:
     def encode(self, strip):
         """Return the planes of a (n_rows, width, n_channels) strip; may be called from several threads."""
         planes = np.ascontiguousarray(strip.transpose(2, 0, 1))
-        native = self._stored.newbyteorder('=')
-        return (planes if planes.dtype == native else turn_sign(planes, native)).astype(self._stored)
+        return turn_sign(planes, self._stored.newbyteorder('=')).astype(self._stored)
 
     def append(self, planes):
         """Write the next rows of each plane."""
@@ -2684,7 +2606,8 @@ def whole_files(outputs, overwrite):
                 else:
                     descriptor, sources[path] = _open_beside(path)
                     stack.callback(_remove, sources[path])
-                files[key] = stack.enter_context(_closing(os.fdopen(descriptor, 'w+b')))
+                files[key] = os.fdopen(descriptor, 'w+b')
+                stack.callback(_close, files[key])
         yield files
         for key, path in outputs.items():
             with about(path):
@@ -2784,14 +2707,10 @@ def _sync_folder(folder):
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _closing(file):
+def _close(file):
     """Close a file on the way out; what it still holds is of no use to anybody if that fails."""
-    try:
-        yield file
-    finally:
-        with contextlib.suppress(OSError):
-            file.close()
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 def ignore(*_):
@@ -2861,7 +2780,6 @@ def draw_preview(file, kind, image, points, misfits, model, method, sky, radius)
     Kind is 'png', 'pdf' or 'svg'; misfits are indices of points, method and sky as in `correct`. What became
     black is blue.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     height, width, _ = image.shape
@@ -2871,7 +2789,6 @@ def draw_preview(file, kind, image, points, misfits, model, method, sky, radius)
     panel = 6 * np.array([width, height]) / max(width, height)
     grid = (3, 1) if width > 2.5 * height else (1, 3)
     figure = Figure(figsize=np.maximum(panel, 2.5) * grid[::-1] + 1, layout='constrained')
-    FigureCanvasAgg(figure)
     pictures = [np.broadcast_to(picture, (*picture.shape[:2], 3)).copy() for picture in (
         stretch_midtones(before), stretch_midtones(background, before), stretch_midtones(after))]
     pictures[2][black] = 0, 0.2, 1
@@ -2918,20 +2835,18 @@ class Editor:
         self._done, self._undone, self._saved, self._drawn = [], [], self.pairs, []
         self._measured, self._dragged, self._window = {}, None, None
         self._saves_on_enter, self._asked = saves_on_enter, False
-        self.unusable, self.misfits, self.model = {}, [], None
         height, width, _ = image.shape
         self._picture, self._factor = read_binned(image, 0, width, 0, height, 700)  # as large as it is drawn
-        self.figure, panels = plt.subplots(1, 2, figsize=(14, 6), layout='constrained',
-                                           sharex=True, sharey=True)
-        self.left, self.right = panels
+        self.figure, (self.left, self.right) = plt.subplots(1, 2, figsize=(14, 6), layout='constrained',
+                                                            sharex=True, sharey=True)
         self.status = self.figure.supxlabel(self.HELP, fontsize=9)
         stretched, frame = self._stretch(self._picture), (-0.5, width - 0.5, height - 0.5, -0.5)
         self._images = [axes.imshow(stretched, cmap='gray', vmin=0, vmax=255, extent=frame,
-                                    interpolation='nearest') for axes in panels]
+                                    interpolation='nearest') for axes in self.figure.axes]
         self.left.set_autoscale_on(False)
         if getattr(image, 'bottom_up', False):
             self.left.invert_yaxis()
-        for axes in panels:
+        for axes in self.figure.axes:
             axes.set_axis_off()  # text takes longest to draw
         canvas = self.figure.canvas
         if canvas.manager:
@@ -2959,7 +2874,7 @@ class Editor:
 
     def points(self, least=3):
         """Return the points that can be used, see `make_points`."""
-        return make_points([pair for i, pair in enumerate(self.pairs) if i not in self.unusable], least=least)
+        return make_points(np.delete(self.pairs, list(self.unusable), axis=0), least=least)
 
     def update(self):
         """Measure what is new, fit, and draw."""
@@ -2971,9 +2886,9 @@ class Editor:
             self.model = fit_background(points, levels, self.settings.smooth)
             text = f'{len(points.x)} points in use'
             if self.model.choice:
-                usable = np.setdiff1d(np.arange(len(self.pairs)), list(self.unusable))
+                usable = np.delete(np.arange(len(self.pairs)), list(self.unusable)).tolist()
                 misfits = find_misfits(points, levels, noise, self.model.choice)
-                self.misfits = [int(usable[i]) for i, _ in misfits]
+                self.misfits = [usable[i] for i, _ in misfits]
         except RmgradientError as error:
             text = str(error)
         reasons = dict.fromkeys(self.misfits, 'does not fit the others (not on empty sky?)') | self.unusable
@@ -3020,7 +2935,7 @@ class Editor:
         for artist in self._drawn:
             artist.remove()
         shown, radius = unchecked_points(self.pairs), math.ceil(3 * self.settings.sigma)
-        self._drawn = draw_points(self.left, shown, bad, radius, numbered=False) if len(self.pairs) else []
+        self._drawn = draw_points(self.left, shown, bad, radius, numbered=False)
         self._read_window()
         picture, like, name = self._picture, self._picture, 'give at least three points'
         if self.model:
@@ -3105,16 +3020,16 @@ class Editor:
                 self._shows_result = not self._shows_result
             elif key == 's':
                 return self.save()
-            elif key == 'escape':
-                if self._is_saved() or self._asked:
-                    return self._close()
+            elif key == 'escape' and not self._is_saved() and not self._asked:
                 self._asked = True
                 raise RmgradientError('points are not saved (s); Escape again leaves them')
-            elif key in ('enter', 'return'):
-                self.accepted = bool(self.points())  # an error if there are too few
-                if self._saves_on_enter and not (self._is_saved() and self.settings.auto is None):
+            elif key in ('enter', 'return', 'escape'):
+                self.accepted = key != 'escape' and bool(self.points())  # an error if there are too few
+                is_new = self.settings.auto is not None or not self._is_saved()
+                if self.accepted and self._saves_on_enter and is_new:
                     self.save()
-                return self._close()
+                import matplotlib.pyplot as plt
+                return plt.close(self.figure)
             self.timer.start()
         except (RmgradientError, OSError) as error:
             self.status.set_text(f'{error}\n{self.HELP}')
@@ -3127,18 +3042,13 @@ class Editor:
         left_out = f', without {len(self.unusable)} that can not be used' if self.unusable else ''
         self.status.set_text(f'{name} written{left_out}\n{self.HELP}')
 
-    def _close(self):
-        import matplotlib.pyplot as plt
-        plt.close(self.figure)
-
 
 # ---- Pipeline ------------------------------------------------------------------------------------
 
 MISREGISTERED = 5.0  # noises of levels: a reference that explains the points worse is not registered
 UNLIKELY, UNRELATED = 25.0, 0.5  # noises of levels, and part of their scatter: that points agree to
 LEAST_SPAN = 0.15  # of the picture's area, were the points spread evenly; with less, most is extrapolated
-OUTER_PARTS = (('upper left', 'top', 'upper right'), ('left', None, 'right'),
-               ('lower left', 'bottom', 'lower right'))
+NINTHS = 'upper left', 'top', 'upper right', 'left', None, 'right', 'lower left', 'bottom', 'lower right'
 
 
 def remove_gradient(
@@ -3201,20 +3111,18 @@ def remove_gradient(
     check_sky(sky, image.dtype)
     corrected = np.array(image, image.dtype.newbyteorder('=')).reshape(*image.shape[:2], -1)
     height, width, _ = corrected.shape
-    if isinstance(points, str) and points != 'auto':
-        raise RmgradientError(f"points are {points!r}, neither coordinates nor 'auto'")
-    chosen = isinstance(points, str)
     if reference is not None:
         if smooth != 'auto':
             raise RmgradientError("a reference needs smooth='auto'")
-        reference = np.asarray(reference)
-        reference = reference.reshape(*reference.shape[:2], -1)
+        reference = np.atleast_3d(np.asarray(reference))
         check_reference(corrected.shape, reference.shape)
-        if chosen:
-            points = places_beside_reference(corrected, reference, REFERENCE_AUTO, sigma)
-    elif chosen:
-        points = choose_points(corrected, sigma=sigma).points
-    points = points if isinstance(points, Points) else make_points(points)
+    if isinstance(points, str):
+        if points != 'auto':
+            raise RmgradientError(f"points are {points!r}, neither coordinates nor 'auto'")
+        points = (choose_points(corrected, sigma=sigma).points if reference is None else
+                  places_beside_reference(corrected, reference, REFERENCE_AUTO, sigma))
+    elif not isinstance(points, Points):
+        points = make_points(points)
     levels, _ = measure_levels(corrected, points, sigma)
     if reference is not None:
         found = fit_beside_reference(points, levels, measure_levels(reference, points, sigma)[0])
@@ -3242,16 +3150,14 @@ def process(options):
     if options.edit:
         choose_toolkit()
     points, saved_for = read_points(options)
-    if len(jobs) == 1:
-        with about(jobs[0][0]):
-            process_picture(*jobs[0], points, saved_for, options, True)
-        return
-    n_failed = 0
-    for path, outputs in progress_bar('picture')(jobs, len(jobs)):
+    alone, n_failed = len(jobs) == 1, 0
+    for path, outputs in progress_bar('picture', shown=not alone)(jobs, len(jobs)):
         try:
             with about(path):
-                process_picture(path, outputs, points, saved_for, options, False)
-        except (RmgradientError, OSError, MemoryError) as error:
+                process_picture(path, outputs, points, saved_for, options, alone)
+        except (RmgradientError, MemoryError) as error:
+            if alone:
+                raise
             logger.error('%s', explain(error, path))
             n_failed += 1
     if n_failed:
@@ -3270,12 +3176,11 @@ def list_jobs(options):
     for path in options.input:
         name, outputs = os.path.basename(path), {}
         for kind, ending in OUTPUTS.items():
-            output = getattr(options, kind)
-            if output and (several or os.path.isdir(output)):
-                if not os.path.isdir(output):
+            if output := getattr(options, kind):
+                if os.path.isdir(output):
+                    output = os.path.join(output, os.path.splitext(name)[0] + ending if ending else name)
+                elif several:
                     raise NamedError(f'{output}: is not a folder; name one that exists for several pictures')
-                output = os.path.join(output, os.path.splitext(name)[0] + ending if ending else name)
-            if output:
                 outputs[kind] = output
         jobs.append((path, outputs))
     return jobs
@@ -3285,11 +3190,10 @@ def process_picture(path, outputs, points, saved_for, options, alone):
     """Correct one picture, with a progress bar if it is alone; points and size are from `read_points`."""
     image = open_picture(path)
     megapixels = f' {image.shape[0] * image.shape[1] / 1e6:.3g} megapixels'
-    progress = progress_bar('strip', megapixels) if alone else lambda results, *_: results
-    with image, threads(progress) as starmap:
+    with image, threads(progress_bar('strip', megapixels, shown=alone)) as starmap:
         for warning in image.warnings:
             logger.warning('%s: %s', path, warning)
-        for kind in outputs.keys() & {'output', 'background'}:
+        for kind in [kind for kind in ('output', 'background') if kind in outputs]:
             with about(outputs[kind]):
                 check_output(image, outputs[kind], options.compress)
         if saved_for not in (None, image.shape[:2]):
@@ -3308,11 +3212,17 @@ def process_picture(path, outputs, points, saved_for, options, alone):
             if points is None:
                 logger.info('%s: left without a change', path)
                 return
-        levels, model, misfits, points = fit_picture(path, image, points, options, starmap)
+        misfits = []
+        if options.reference:
+            points, levels, model = fit_with_reference(path, image, points, options, starmap)
+        else:
+            levels, noise = measure_levels(image, points, options.sigma)
+            model = fit_background(points, levels, options.smooth)
+            misfits = report_model(path, image, points, levels, noise, model)
         sky = find_sky(options.sky, options.method, levels, model, *image.shape[:2], options.rows, starmap)
         with whole_files(outputs, options.overwrite) as files:
             if files.keys() & {'output', 'background'}:
-                counts = write_pictures(path, outputs, files, image, model, sky, options, starmap)
+                counts = write_pictures(outputs, files, image, model, sky, options, starmap)
             if 'save_points' in files:
                 with about(outputs['save_points']):
                     files['save_points'].write(points_file(path, points, image, options))
@@ -3328,18 +3238,9 @@ def process_picture(path, outputs, points, saved_for, options, alone):
     if 'background' in outputs and counts[2]:
         logger.warning('%s: the background of %d pixels is beyond what integers of the type hold, and was '
                        'limited; a point of empty sky near them may help', outputs['background'], counts[2])
-    for kind in outputs.keys() - {'output'}:
-        logger.info('%s: written', outputs[kind])
-
-
-def fit_picture(path, image, points, options, starmap):
-    """Return levels, model, misfits, and the points that it went through."""
-    if options.reference:
-        points, levels, model = fit_with_reference(path, image, points, options, starmap)
-        return levels, model, [], points
-    levels, noise = measure_levels(image, points, options.sigma)
-    model = fit_background(points, levels, options.smooth)
-    return levels, model, report_model(path, image, points, levels, noise, model), points
+    for kind in outputs:
+        if kind != 'output':
+            logger.info('%s: written', outputs[kind])
 
 
 def load_matplotlib():
@@ -3441,7 +3342,10 @@ def read_points(options):
     name = 'standard input' if is_stream else options.points_file
     stream = sys.stdin.buffer if sys.stdin else io.BytesIO()
     with about(name), contextlib.nullcontext(stream) if is_stream else open(name, 'rb') as file:
-        lines = read_lines(file)
+        data = file.read(MOST_POINTS * 200 + 1)
+        if len(data) > MOST_POINTS * 200:
+            raise RmgradientError(f'is not a file of points: it has more than {MOST_POINTS * 200} bytes')
+        lines = re.split('\r\n?|\n', data.decode('utf-8-sig', 'replace'))
         pairs, line_numbers = parse_points_file(lines)
         counts = len(pairs) > 2 and (np.diff(pairs[:, 0]) == 1).all()
         more = re.compile(rf'\W*([\d.]+{SEPARATORS}-?){{{2 if counts else 3},}}[\d.]+\W*')
@@ -3456,14 +3360,6 @@ def read_points(options):
     return points, saved and (int(saved[2]), int(saved[1]))
 
 
-def read_lines(file):
-    """Return the lines of a binary file; one without an end has one here."""
-    data = file.read(MOST_POINTS * 200 + 1)
-    if len(data) > MOST_POINTS * 200:
-        raise RmgradientError(f'is not a file of points: it has more than {MOST_POINTS * 200} bytes')
-    return re.split('\r\n?|\n', data.decode('utf-8-sig', 'replace'))
-
-
 def points_file(path, points, image, options):
     """Return the bytes of a file of points in the format of -f."""
     height, width, _ = image.shape
@@ -3472,7 +3368,7 @@ def points_file(path, points, image, options):
     return ('\n'.join(lines) + '\n').encode('utf-8', 'replace')
 
 
-def write_pictures(path, outputs, files, image, model, sky, options, starmap):
+def write_pictures(outputs, files, image, model, sky, options, starmap):
     """Write the corrected picture and the background.
 
     Returns how many pixels became black and white, and of how many the background did not fit in the type.
@@ -3514,11 +3410,7 @@ def write_pictures(path, outputs, files, image, model, sky, options, starmap):
 
 @contextlib.contextmanager
 def threads(progress):
-    """Give an `itertools.starmap` that works in threads on lists of arguments, and keeps their order.
-
-    No more than two results a worker wait to be taken, so that memory is bounded. On the way out nothing is
-    waited for.
-    """
+    """Give an `itertools.starmap` that works in threads on lists of arguments, and keeps their order."""
     np.empty(min(N_WORKERS, 4) * 2**27, np.uint8)  # MemoryError now; later, threads would hang, and BLAS exit
     pool = concurrent.futures.ThreadPoolExecutor(N_WORKERS)
 
@@ -3529,7 +3421,7 @@ def threads(progress):
                 pending.append(pool.submit(work, *each))
             except RuntimeError as error:  # no more threads
                 raise MemoryError from error
-            if len(pending) > 2 * N_WORKERS:
+            if len(pending) > 2 * N_WORKERS:  # more results that wait would take more memory
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -3540,9 +3432,9 @@ def threads(progress):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def progress_bar(unit, text=''):
+def progress_bar(unit, text='', shown=True):
     """Return a function that shows on a terminal how far an iterable of some length is, and what it does."""
-    if not (sys.stderr and sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)):
+    if not (shown and sys.stderr and sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)):
         return lambda results, *_: results
     from tqdm import tqdm  # takes longer to load than most pictures to correct
     return lambda results, total, work='': tqdm(
@@ -3571,9 +3463,8 @@ def report_chosen(path, image, given, chosen, n):
 
 def parts_without(points, height, width):
     """Return the names of the outer ninths of the frame that have no point; y counts from the top."""
-    found = {(3 * y // height, 3 * x // width) for x, y in zip(points.x.tolist(), points.y.tolist())}
-    return [name for i, row in enumerate(OUTER_PARTS) for j, name in enumerate(row)
-            if name and (i, j) not in found]
+    found = 3 * (3 * points.y // height) + 3 * points.x // width
+    return [name for i, name in enumerate(NINTHS) if name and i not in found]
 
 
 def report_limited(path, percent):
@@ -3721,17 +3612,12 @@ def build_parser():
 def number_from(lowest, highest, kind=float, word=None):
     """Return a function for argparse that turns text into a number of a range, or leaves a word."""
     def convert(text):
-        if text == word:
-            return text
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not lowest <= value <= highest:
-            what, also = 'whole number' if kind is int else 'number', f', or {word}' if word else ''
-            raise argparse.ArgumentTypeError(f'{text!r} is not a {what} from {lowest:g} to '
-                                             f'{in_words([highest])}{also}')
-        return value
+        with contextlib.suppress(ValueError):
+            if text == word or lowest <= kind(text) <= highest:
+                return text if text == word else kind(text)
+        what, also = 'whole number' if kind is int else 'number', f', or {word}' if word else ''
+        raise argparse.ArgumentTypeError(f'{text!r} is not a {what} from {lowest:g} to '
+                                         f'{in_words([highest])}{also}')
     return convert
 
 
@@ -3750,26 +3636,22 @@ def preview_name(path):
     return path
 
 
-class Interrupted(BaseException):
-    """A signal asked to stop; its number is the argument."""
-
-
 def stop(signal_number, _):
-    """Raise Interrupted for the first signal, so that all is cleaned up, and ignore further ones."""
+    """Raise SystemExit for the first signal, so that all is cleaned up, and ignore further ones."""
     for each in SIGNALS:
         signal.signal(each, ignore)
-    raise Interrupted(signal_number)
+    sys.exit(128 + signal_number)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, `sys.argv` by default, and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    if not (options.edit or any(getattr(options, kind) is not None for kind in OUTPUTS)):
+    outputs = [getattr(options, kind) for kind in OUTPUTS]
+    if '' in (*options.input, *outputs, options.points_file, options.reference):
+        parser.error('the name of a file is empty')
+    if not (options.edit or any(outputs)):
         parser.error('nothing to write: give -o/--output, or --save-points, --preview or -b/--background')
-    for name in ('output', 'background', 'save_points', 'preview', 'points_file', 'reference'):
-        if getattr(options, name) == '' or name == 'output' and '' in options.input:
-            parser.error('the name of a file is empty')
     if options.points is None and options.points_file is None and options.auto is None and not options.edit:
         parser.error('one of the arguments -p/--points, -f/--points-file, -a/--auto and --edit is required')
     if options.reference is not None and options.edit:
@@ -3786,8 +3668,8 @@ def main(argv: list[str] | None = None) -> int:
             with signals_handled(stop):
                 process(options)
             return 0
-        except Interrupted as interruption:
-            return 128 + interruption.args[0]
+        except SystemExit as interruption:  # by a signal, see `stop`
+            return interruption.code
         except ImportError as error:  # of those that are loaded when they are needed
             logger.error('%s', why_not_loaded(error))
         except (RmgradientError, OSError, MemoryError) as error:
@@ -3807,23 +3689,24 @@ def explain(error, path):
 @contextlib.contextmanager
 def log_to_stderr(quiet):
     """Show our messages, one line each, and none of libraries, which complain of errors or of no matter."""
-    handler = _Handler()
-    handler.setFormatter(_Formatter())
-    loggers = [logger, *map(logging.getLogger, ('tifffile', 'matplotlib'))]
-    levels = [each.level for each in loggers]
-    logger.addHandler(handler)
-    for each in loggers:
-        each.setLevel(logging.CRITICAL + 1)
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        for each, level in zip(loggers, levels):
+    handler, silent = _Handler(), logging.CRITICAL + 1
+    levels = {'rmgradient': logging.WARNING if quiet else logging.INFO,
+              'tifffile': silent, 'matplotlib': silent}
+    with contextlib.ExitStack() as restore:
+        for name, level in levels.items():
+            each = logging.getLogger(name)
+            restore.callback(each.setLevel, each.level)
             each.setLevel(level)
+        logger.addHandler(handler)
+        restore.callback(logger.removeHandler, handler)
+        yield
 
 
 class _Handler(logging.StreamHandler):
+    def format(self, record):
+        kind = '' if record.levelno == logging.INFO else f'{record.levelname.lower()}: '
+        return f'rmgradient: {kind}{printable(record.getMessage())}'
+
     def emit(self, record):
         if 'tqdm' in sys.modules and self.stream.isatty():  # a progress bar makes room
             sys.modules['tqdm'].tqdm.write(self.format(record), file=self.stream)
@@ -3836,18 +3719,8 @@ class _Handler(logging.StreamHandler):
             raise
 
 
-class _Formatter(logging.Formatter):
-    def format(self, record):
-        kind = '' if record.levelno == logging.INFO else f'{record.levelname.lower()}: '
-        return f'rmgradient: {kind}{printable(record.getMessage())}'
-
-
 def run():
-    """Run as a command, and exit with the status at once.
-
-    Threads that still work on strips are not waited for, nor are the libraries taken apart, which takes a
-    twentieth of an ordinary run: all files are complete or gone.
-    """
+    """Run as a command, and exit with the status at once."""
     gc.freeze()  # the libraries are there to stay
     gc.enable()
     status = main()
@@ -3855,6 +3728,8 @@ def run():
         atexit._run_exitfuncs()  # it removes a temporary folder
     with contextlib.suppress(AttributeError, OSError):  # closed, or broken
         sys.stderr.flush()
+    # All files are complete or gone: threads that still work on strips are not waited for, nor are the
+    # libraries taken apart, which takes a twentieth of an ordinary run.
     os._exit(status)
 
 
