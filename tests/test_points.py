@@ -101,6 +101,8 @@ def test_messages_name_all_points_and_their_lines():
         rg.check_points(rg.make_points([(30, 150), (99, 199), (5, 3)]), 100, 200, 1)
     kept = points.subset(np.arange(len(pairs)) % 2 == 1)
     assert kept.sources[0] == 'sky_points, line 1'
+    beside = points._replace(sources=('mine, line 7', *[''] * (len(pairs) - 1)))  # the others were chosen
+    assert beside.describe([0, 1]) == 'points (30, 30) in mine, line 7, (500, 30)'
     assert len(kept.sources) == len(kept.x)
 
 

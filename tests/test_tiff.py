@@ -398,3 +398,24 @@ def test_large_outputs_are_bigtiff(tmp_path):
         with rg.TiffImage(str(tmp_path / 'a.tif')) as image, open(tmp_path / 'b.tif', 'w+b') as file:
             image.profile = image.profile._replace(shape=(*size, 1))
             assert image.writer(file, 'output', 100, 0).bigtiff is bigtiff
+
+
+def test_pages_in_any_order_and_in_a_circle(cli):
+    """The first directory behind the second one, at byte 8, and a last one that leads to the first again."""
+    for page in range(2):
+        tifffile.imwrite('two.tif', cli.sky, photometric='rgb', append=page > 0, metadata=None)
+    data = bytearray((cli.folder / 'two.tif').read_bytes())
+    first, = struct.unpack_from('<I', data, 4)
+    next_of_first = first + 2 + 12 * struct.unpack_from('<H', data, first)[0]
+    second, = struct.unpack_from('<I', data, next_of_first)
+    next_of_second = second + 2 + 12 * struct.unpack_from('<H', data, second)[0]
+    assert first == 8
+    for begin, links in ((second, {next_of_second: first, next_of_first: 0}),
+                         (first, {next_of_first: second, next_of_second: first})):
+        struct.pack_into('<I', data, 4, begin)
+        for place, target in links.items():
+            struct.pack_into('<I', data, place, target)
+        (cli.folder / 'two.tif').write_bytes(data)
+        assert cli('-i', 'two.tif', '--overwrite') == 0
+        assert 'only the first of 2 pages is corrected, 1 is left out' in cli.stderr
+        assert 'damaged' not in cli.stderr
