@@ -215,18 +215,19 @@ def parse_points_file(lines):
 
     A pair a line, or in all lines a single number. What stands behind a pair or a # is a comment.
     """
-    words = [re.split(SEPARATORS, line.split('#')[0].strip(' \t\r\n,;()[]{}'))[:2] for line in lines]
-    words = [(i, line) for i, line in enumerate(words, 1) if line[0]]
-    if all(len(line) == 1 for _, line in words):
-        words = [(i, [*one, *other]) for (i, one), (_, other) in itertools.zip_longest(
-            words[::2], words[1::2], fillvalue=(0, []))]
+    found = [(i, re.split(SEPARATORS, line.split('#')[0].strip(' \t\r\n,;()[]{}'))[:2])
+             for i, line in enumerate(lines, 1)]
+    found = [(i, words) for i, words in found if words[0]]
+    if all(len(words) == 1 for _, words in found):
+        found = [(i, [*x, *y]) for (i, x), (_, y) in itertools.zip_longest(
+            found[::2], found[1::2], fillvalue=(0, []))]
     pairs = []
-    for i, line in words:
+    for i, words in found:
         try:
-            pairs.extend(parse_coordinates(line))
+            pairs.extend(parse_coordinates(words))
         except RmgradientError as error:
             raise RmgradientError(f'line {i}: {error}') from error
-    return np.array(pairs).reshape(-1, 2), [i for i, _ in words]
+    return np.array(pairs).reshape(-1, 2), [i for i, _ in found]
 
 
 def format_points(points):
@@ -454,7 +455,7 @@ def trend_terms(places, centers, trend):
     return np.hstack([constant, (places - middle) @ directions[known].T / lengths[known]])
 
 
-def across(values, terms):
+def without_trend(values, terms):
     """Return what is left of (n_points, n) values at right angles to orthonormal terms."""
     return values - terms @ (terms.T @ values)
 
@@ -475,11 +476,11 @@ def _blas():
 
 
 def in_two_threads(work, arguments):
-    """Yield the work of each argument, in order; that no thread can be started is mostly a lack of memory."""
+    """Yield the results of work on each argument, in order."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         try:
             results = pool.map(work, arguments)
-        except RuntimeError as error:
+        except RuntimeError as error:  # no thread can be started, mostly for lack of memory
             raise MemoryError from error
         yield from results
 
@@ -495,7 +496,7 @@ class Choice(NamedTuple):
     precision: np.ndarray  # (n_points, n_points): inverse of -kernel + smooth at right angles to the trend
     leader: np.ndarray  # (n_points,): equal for points that share a level
     errors: np.ndarray  # (n_points, n_channels): see `left_out_errors`
-    standardized: np.ndarray
+    standardized: np.ndarray  # in units of the standard deviation that the model expects
 
 
 def choose_model(centers, levels, leader):
@@ -537,7 +538,7 @@ def _likeliest_of_each_trend(centers, levels, leader, rounding):
     trends = []
     for name in ('mean', 'plane'):
         terms = trend_terms(centers, centers, name)
-        residuals = across(levels, terms)
+        residuals = without_trend(levels, terms)
         rough = (np.abs(residuals) > rounding).any(axis=0)
         trends.append((name, terms, residuals * rough, rough))
 
@@ -597,9 +598,9 @@ def _solve(centers, levels, leader, distances, spacing, trend, terms, residuals,
         epsilon, smooth, precision = spacing, 1.0, np.eye(len(centers))
     kernel, weights = multiquadric(distances, epsilon), np.zeros_like(levels)
     for _ in range(2):  # the second time refines what rounding left of the residuals
-        weights = across(weights - precision @ residuals, terms)
+        weights = without_trend(weights - precision @ residuals, terms)
         trend_levels = levels - (kernel @ weights - smooth * weights)
-        residuals = across(trend_levels, terms) * rough
+        residuals = without_trend(trend_levels, terms) * rough
     middle, slope = centers.mean(axis=0), np.zeros((2, levels.shape[1]))
     if trend == 'plane':
         slope = np.linalg.pinv(centers - middle, rcond=0.01) @ trend_levels
@@ -961,16 +962,16 @@ def fit_beside_reference(points: Points, levels: np.ndarray, reference: np.ndarr
                               f'give at least {LEAST_PLACES}')
     light = np.broadcast_to(reference - np.median(reference, axis=0), levels.shape)
     kept = np.ones(len(levels), bool)
-    for n_left in reversed(range(5)):
+    for is_last in (False, False, False, False, True):
         model, scale, error, correlation = _fit_scale(points.subset(kept), levels[kept], light[kept])
         if correlation.max() < LEAST_CORRELATION:
             raise RmgradientError(f'details correlate with those of the picture by {in_words(correlation)} '
                                   'only; is it registered, and does it show the same field?')
         standardized = np.abs(model.choice.standardized)
-        misfits = (standardized > REFERENCE_MISFIT * robust_std(standardized)).any(axis=1)
-        if not n_left or not misfits.any() or kept.sum() - misfits.sum() < LEAST_PLACES:
+        fits = (standardized <= REFERENCE_MISFIT * robust_std(standardized)).all(axis=1)
+        if is_last or fits.all() or fits.sum() < LEAST_PLACES:
             break
-        kept[kept] = ~misfits
+        kept[kept] = fits
     unexplained = np.sqrt((model.choice.errors**2).mean(axis=0))
     return Beside(model, (levels - scale * light)[kept], kept, scale, error, unexplained)
 
@@ -981,7 +982,7 @@ def _fit_scale(points, levels, light):
     for _ in range(10):
         model = fit_background(points, levels - scale * light)
         terms = trend_terms(points.centers, points.centers, model.choice.trend)
-        detail, ours = across(light, terms), across(levels, terms)
+        detail, ours = without_trend(light, terms), without_trend(levels, terms)
         weighted = model.choice.precision @ detail
         own, shared = (weighted * detail).sum(axis=0), (weighted * ours).sum(axis=0)
         before, scale = scale, shared / np.maximum(own, TINY)
@@ -1215,7 +1216,7 @@ def concentrate(surfaces, sky, costs):
 class Surfaces:
     """Least squares of one set of terms to the same levels at many sets of places, all at once.
 
-    From (n_places, n_terms) terms, (n_places, n_channels) levels in units of their noise, and (n_places,)
+    Takes (n_places, n_terms) terms, (n_places, n_channels) levels in units of their noise, and (n_places,)
     weights.
     """
 
@@ -1374,9 +1375,10 @@ def fit_sites(sky, sites):
 
 
 def places_above(choice, sky, sites, limit, least, where=True):
-    """Tell which places of some stand out most above the prediction from the others; certain ones never do.
+    """Tell which places of the sky stand out most above the prediction from the others.
 
-    Limit and least: in typical errors, and in data units, see `significance`.
+    Certain ones never do, nor those outside of `where`, (n_places,) bool. Limit: in typical errors; least:
+    in data units, see `significance`.
     """
     excess = np.zeros(len(sky))
     excess[sky] = significance(choice.errors, choice.standardized, least).max(axis=1)
@@ -1576,8 +1578,8 @@ def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky:
     ----------
     strip : (n_rows, width, n_channels) ndarray
     shift : (n_rows, width, n_channels) float64 ndarray
-        Background minus the level of the sky, in data units, of either sign: what `BackgroundModel.above`
-        gives.
+        Background minus the level of the sky, in data units, of either sign: values of
+        `BackgroundModel.above`.
     method : str
         - 'subtract': strip - shift;
         - 'stretch': sky + (strip - background) * (white - sky) / (white - background), so that white, the
@@ -1691,7 +1693,7 @@ def dither_noise(start, stop, width, n_channels, stream=0):
 
 
 def correct_rows(strip, start, model, method='subtract', sky=None, dither=False, classic=False, blank=None):
-    """Remove the background from rows of the picture from start on, (n_rows, width, n_samples), in place.
+    """Remove the background, in place, from a strip of (n_rows, width, n_samples) that begins at a row.
 
     Color channels come first; further samples stay as they are. The model is above the level of the sky;
     method and sky as in `correct`. Pixels without data stay as they are, see `no_data`. The classic way
@@ -2736,9 +2738,8 @@ def signals_handled(handler):
 def stretch_midtones(picture, like=None):
     """Return a picture in 0 ... 1, stretched so that faint light shows, with one curve for all channels.
 
-    The screen transfer function of astronomers: black 2.8 deviations (see `robust_std`) below the median,
-    and the midtones transfer function that takes the median to a quarter; of this picture or of one like
-    it.
+    The screen transfer function of astronomers, of this picture or of another, `like`: black 2.8 deviations
+    (see `robust_std`) below the median, and the midtones transfer function that takes the median to 1/4.
     """
     values = (picture if like is None else like).ravel()
     most = values.max(where=np.isfinite(values), initial=-np.inf)
@@ -3187,23 +3188,11 @@ def list_jobs(options):
 
 
 def process_picture(path, outputs, points, saved_for, options, alone):
-    """Correct one picture, with a progress bar if it is alone; points and size are from `read_points`."""
+    """Correct one picture, with a progress bar if it is alone; points and saved_for: see `read_points`."""
     image = open_picture(path)
     megapixels = f' {image.shape[0] * image.shape[1] / 1e6:.3g} megapixels'
     with image, threads(progress_bar('strip', megapixels, shown=alone)) as starmap:
-        for warning in image.warnings:
-            logger.warning('%s: %s', path, warning)
-        for kind in [kind for kind in ('output', 'background') if kind in outputs]:
-            with about(outputs[kind]):
-                check_output(image, outputs[kind], options.compress)
-        if saved_for not in (None, image.shape[:2]):
-            logger.warning('%s: has %d x %d pixels, and the points were saved for a picture of %d x %d', path,
-                           *image.shape[1::-1], *saved_for[::-1])
-        check_sky(options.sky, image.dtype)
-        if options.dither and image.dtype.kind == 'f':
-            logger.warning('%s: --dither is for integers, and changes nothing here', path)
-        if image.bottom_up and (points or options.edit or 'save_points' in outputs):
-            logger.info('%s: y of points counts from the bottom row, the first that is stored', path)
+        check_picture(path, image, outputs, points, saved_for, options)
         if options.auto is not None and not options.reference:
             chosen = choose_points(image, options.auto or AUTO, options.sigma, points, starmap)
             points = report_chosen(path, image, points, chosen, options.auto)
@@ -3212,17 +3201,10 @@ def process_picture(path, outputs, points, saved_for, options, alone):
             if points is None:
                 logger.info('%s: left without a change', path)
                 return
-        misfits = []
-        if options.reference:
-            points, levels, model = fit_with_reference(path, image, points, options, starmap)
-        else:
-            levels, noise = measure_levels(image, points, options.sigma)
-            model = fit_background(points, levels, options.smooth)
-            misfits = report_model(path, image, points, levels, noise, model)
+        points, levels, model, misfits = fit_picture(path, image, points, options, starmap)
         sky = find_sky(options.sky, options.method, levels, model, *image.shape[:2], options.rows, starmap)
         with whole_files(outputs, options.overwrite) as files:
-            if files.keys() & {'output', 'background'}:
-                counts = write_pictures(outputs, files, image, model, sky, options, starmap)
+            counts = write_pictures(outputs, files, image, model, sky, options, starmap)
             if 'save_points' in files:
                 with about(outputs['save_points']):
                     files['save_points'].write(points_file(path, points, image, options))
@@ -3232,15 +3214,33 @@ def process_picture(path, outputs, points, saved_for, options, alone):
                 with about(outputs['preview']):
                     draw_preview(files['preview'], kind, image, points, misfits, model, options.method, sky,
                                  radius)
-    if 'output' in outputs:
-        report_limited(outputs['output'], 100 * counts[:2] / (image.shape[0] * image.shape[1]))
-        logger.info('%s: written; the sky is level at %s', outputs['output'], in_words(sky))
-    if 'background' in outputs and counts[2]:
-        logger.warning('%s: the background of %d pixels is beyond what integers of the type hold, and was '
-                       'limited; a point of empty sky near them may help', outputs['background'], counts[2])
-    for kind in outputs:
-        if kind != 'output':
-            logger.info('%s: written', outputs[kind])
+    report_written(outputs, image, sky, counts)
+
+
+def check_picture(path, image, outputs, points, saved_for, options):
+    """Warn of what is left out or does not suit a picture, or raise RmgradientError, before anything slow."""
+    for warning in image.warnings:
+        logger.warning('%s: %s', path, warning)
+    for kind in [kind for kind in ('output', 'background') if kind in outputs]:
+        with about(outputs[kind]):
+            check_output(image, outputs[kind], options.compress)
+    check_sky(options.sky, image.dtype)
+    if saved_for not in (None, image.shape[:2]):
+        logger.warning('%s: has %d x %d pixels, and the points were saved for a picture of %d x %d', path,
+                       *image.shape[1::-1], *saved_for[::-1])
+    if options.dither and image.dtype.kind == 'f':
+        logger.warning('%s: --dither is for integers, and changes nothing here', path)
+    if image.bottom_up and (points or options.edit or 'save_points' in outputs):
+        logger.info('%s: y of points counts from the bottom row, the first that is stored', path)
+
+
+def fit_picture(path, image, points, options, starmap):
+    """Return the points that fit, their levels, the model, and indices of misfits, and report them."""
+    if options.reference:
+        return *fit_with_reference(path, image, points, options, starmap), []
+    levels, noise = measure_levels(image, points, options.sigma)
+    model = fit_background(points, levels, options.smooth)
+    return points, levels, model, report_model(path, image, points, levels, noise, model)
 
 
 def load_matplotlib():
@@ -3397,7 +3397,7 @@ def write_pictures(outputs, files, image, model, sky, options, starmap):
         return encoded, (*n_limited, n_unfit)
 
     total = np.zeros(3, int)
-    for encoded, counts in starmap(correcting, row_groups(height, options.rows)):
+    for encoded, counts in starmap(correcting, row_groups(height, options.rows) if writers else []):
         total += counts
         for kind, writer in writers.items():
             with about(outputs[kind]):
@@ -3467,15 +3467,22 @@ def parts_without(points, height, width):
     return [name for i, name in enumerate(NINTHS) if name and i not in found]
 
 
-def report_limited(path, percent):
-    """Warn of pixels that became black or white, in percent, (2,), and say what to do about it."""
+def report_written(outputs, image, sky, counts):
+    """Log what was written, and warn of pixels, counts as of `write_pictures`, that became black or white."""
+    percents = 100 * counts[:2] / (image.shape[0] * image.shape[1])
     cures = ('raise the sky with --sky NUMBER, or add a point of empty sky in a dark corner that has none',
              'lower the sky with --sky NUMBER, or keep white with --stretch')
-    for part, color, cure in zip(percent, ('black', 'white'), cures):
-        if part > 0:
-            level = logging.WARNING if part >= 0.1 else logging.INFO
-            words = f'{part:.2f} %' if part >= 0.01 else 'less than 0.01 %'
-            logger.log(level, '%s: %s of the pixels became %s; %s', path, words, color, cure)
+    for percent, color, cure in zip(percents, ('black', 'white'), cures):
+        if percent > 0:
+            words = f'{percent:.2f} %' if percent >= 0.01 else 'less than 0.01 %'
+            logger.log(logging.WARNING if percent >= 0.1 else logging.INFO,
+                       '%s: %s of the pixels became %s; %s', outputs['output'], words, color, cure)
+    if counts[2]:
+        logger.warning('%s: the background of %d pixels is beyond what integers of the type hold, and was '
+                       'limited; a point of empty sky near them may help', outputs['background'], counts[2])
+    for kind, path in outputs.items():
+        level = f'; the sky is level at {in_words(sky)}' if kind == 'output' else ''
+        logger.info('%s: written%s', path, level)
 
 
 def report_model(path, image, points, levels, noise, model):
