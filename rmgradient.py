@@ -2789,7 +2789,9 @@ def draw_preview(file, kind, image, points, misfits, model, method, sky, radius)
     after, black = correct_binned(before, background, method, sky, image.dtype)
     panel = 6 * np.array([width, height]) / max(width, height)
     grid = (3, 1) if width > 2.5 * height else (1, 3)
-    figure = Figure(figsize=np.maximum(panel, 2.5) * grid[::-1] + 1, layout='constrained')
+    size = np.maximum(panel, 2.5) * grid[::-1] + 1
+    figure, (left, bottom) = Figure(figsize=size), 0.6 / size  # a layout by matplotlib takes longer than all else
+    figure.subplots_adjust(left, bottom, 1 - left / 4, 1 - bottom / 1.5, 0.04, 0.15)
     pictures = [np.broadcast_to(picture, (*picture.shape[:2], 3)).copy() for picture in (
         stretch_midtones(before), stretch_midtones(background, before), stretch_midtones(after))]
     pictures[2][black] = 0, 0.2, 1
