@@ -2806,10 +2806,10 @@ def draw_preview(file, kind, image, points, misfits, model, method, sky, radius)
     if getattr(image, 'bottom_up', False):
         panels[0].invert_yaxis()
     draw_points(panels[0], points, misfits, radius, numbered=len(points.x) <= 60)
-    level = background.mean(axis=2)
-    if np.ptp(level) > 1e-9 * np.abs(level).max() and min(level.shape) > 1:
-        y, x = (factor * (np.arange(n) + 0.5) - 0.5 for n in level.shape)
-        lines = panels[1].contour(x, y, level, 8, colors='white', linewidths=0.7)
+    mean = background.mean(axis=2)
+    if np.ptp(mean) > 1e-9 * np.abs(mean).max() and min(mean.shape) > 1:
+        y, x = (factor * (np.arange(n) + 0.5) - 0.5 for n in mean.shape)
+        lines = panels[1].contour(x, y, mean, 8, colors='white', linewidths=0.7)
         middle = np.array([width, height]) / 2
         # Numbers stand away from the border, which would cut them.
         places = [min(path.vertices, key=lambda place: np.hypot(*(place - middle)))
@@ -3209,7 +3209,7 @@ def process_picture(path, outputs, points, saved_for, options, alone):
             counts = write_pictures(outputs, files, image, model, sky, options, starmap)
             if 'save_points' in files:
                 with about(outputs['save_points']):
-                    files['save_points'].write(points_file(path, points, image, options))
+                    files['save_points'].write(encode_points(path, points, image, options))
             if 'preview' in files:
                 kind = os.path.splitext(outputs['preview'])[1][1:].lower()
                 radius = math.ceil(3 * options.sigma)
@@ -3297,7 +3297,7 @@ def edit_points(path, image, points, outputs, options):
             raise RmgradientError(f'{name} exists; once more replaces it')
         check_paths([path], [name], replaces)
         with whole_files({'points': name}, replaces) as files:
-            files['points'].write(points_file(path, points, image, options))
+            files['points'].write(encode_points(path, points, image, options))
         return name
 
     editor = Editor(image, [] if points is None else points.pairs, options, os.path.basename(path), save,
@@ -3362,7 +3362,7 @@ def read_points(options):
     return points, saved and (int(saved[2]), int(saved[1]))
 
 
-def points_file(path, points, image, options):
+def encode_points(path, points, image, options):
     """Return the bytes of a file of points in the format of -f."""
     height, width, _ = image.shape
     lines = [f'# {printable(os.path.basename(path))}, {width} x {height} pixels, sigma {options.sigma:g}',
@@ -3645,7 +3645,7 @@ def preview_name(path):
     return path
 
 
-def stop(signal_number, _):
+def interrupt(signal_number, _):
     """Raise SystemExit for the first signal, so that all is cleaned up, and ignore further ones."""
     for each in SIGNALS:
         signal.signal(each, ignore)
@@ -3674,10 +3674,10 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f'argument -p/--points: {error}')
     with log_to_stderr(quiet=options.quiet):
         try:
-            with signals_handled(stop):
+            with signals_handled(interrupt):
                 process(options)
             return 0
-        except SystemExit as interruption:  # by a signal, see `stop`
+        except SystemExit as interruption:  # by a signal, see `interrupt`
             return interruption.code
         except ImportError as error:  # of those that are loaded when they are needed
             logger.error('%s', why_not_loaded(error))
