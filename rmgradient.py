@@ -1734,6 +1734,27 @@ def correct_binned(picture, background, method, sky, dtype):
     return after, ((after <= lowest) & (picture > lowest)).any(axis=2)
 
 
+def stretch_midtones(picture, like=None):
+    """Return a picture in 0 ... 1, stretched so that faint light shows, with one curve for all channels.
+
+    The screen transfer function of astronomers, of this picture or of another, `like`: black 2.8 deviations
+    (see `robust_std`) below the median, and the midtones transfer function that takes the median to 1/4.
+    """
+    values = (picture if like is None else like).ravel()
+    most = values.max(where=np.isfinite(values), initial=-np.inf)
+    values = values[::max(1, len(values) // 10**5)]  # enough for medians
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return np.zeros(picture.shape)
+    median = np.median(values)
+    black = max(median - 2.8 * robust_std(values - median), values.min())
+    scale = max(most - black, TINY)
+    middle = min(max((median - black) / scale, 1e-6), 0.999)
+    midtones = 3 * middle / (2 * middle + 1)  # solves (m - 1) x / ((2 m - 1) x - m) = 1/4 for m at x = middle
+    x = np.clip((picture - black) / scale, 0, 1)
+    return np.clip((midtones - 1) * x / ((2 * midtones - 1) * x - midtones), 0, 1)
+
+
 # ---- Pictures ------------------------------------------------------------------------------------
 
 class RandomAccess:
@@ -2735,27 +2756,6 @@ def signals_handled(handler):
 
 # ---- Preview -------------------------------------------------------------------------------------
 
-def stretch_midtones(picture, like=None):
-    """Return a picture in 0 ... 1, stretched so that faint light shows, with one curve for all channels.
-
-    The screen transfer function of astronomers, of this picture or of another, `like`: black 2.8 deviations
-    (see `robust_std`) below the median, and the midtones transfer function that takes the median to 1/4.
-    """
-    values = (picture if like is None else like).ravel()
-    most = values.max(where=np.isfinite(values), initial=-np.inf)
-    values = values[::max(1, len(values) // 10**5)]  # enough for medians
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return np.zeros(picture.shape)
-    median = np.median(values)
-    black = max(median - 2.8 * robust_std(values - median), values.min())
-    scale = max(most - black, TINY)
-    middle = min(max((median - black) / scale, 1e-6), 0.999)
-    midtones = 3 * middle / (2 * middle + 1)  # solves (m - 1) x / ((2 m - 1) x - m) = 1/4 for m at x = middle
-    x = np.clip((picture - black) / scale, 0, 1)
-    return np.clip((midtones - 1) * x / ((2 * midtones - 1) * x - midtones), 0, 1)
-
-
 def draw_points(axes, points, bad, radius, numbered):
     """Draw points, rings as far as the blur reaches, isolines, and numbers; bad ones red. Return all that."""
     from matplotlib.collections import EllipseCollection, LineCollection
@@ -3027,11 +3027,12 @@ class Editor:
                 self._asked = True
                 raise RmgradientError('points are not saved (s); Escape again leaves them')
             elif key in ('enter', 'return', 'escape'):
-                self.accepted = key != 'escape' and bool(self.points())  # an error if there are too few
+                accepts = key != 'escape' and bool(self.points())  # an error if there are too few
                 is_new = self.settings.auto is not None or not self._is_saved()
-                if self.accepted and self._saves_on_enter and is_new:
+                if accepts and self._saves_on_enter and is_new:
                     self.save()
                 import matplotlib.pyplot as plt
+                self.accepted = accepts
                 return plt.close(self.figure)
             self.timer.start()
         except (RmgradientError, OSError) as error:
