@@ -210,13 +210,23 @@ def parse_coordinates(words):
     return np.array(found).reshape(-1, 2)
 
 
+def split_words(line):
+    """Return the words of a line of a points file before a comment."""
+    return re.split(SEPARATORS, line.split('#')[0].strip(' \t\r\n,;()[]{}'))
+
+
+def count_numbers(line):
+    """Return how many numbers a line holds, 0 if it holds words, too."""
+    words = split_words(line)
+    return len(words) if all(re.fullmatch(r'[+-]?[\d.]+', word) for word in words) else 0
+
+
 def parse_points_file(lines):
     """Return the pairs that lines hold, and the number of the line of each.
 
     A pair a line, or in all lines a single number. What stands behind a pair or a # is a comment.
     """
-    found = [(i, re.split(SEPARATORS, line.split('#')[0].strip(' \t\r\n,;()[]{}'))[:2])
-             for i, line in enumerate(lines, 1)]
+    found = [(i, split_words(line)[:2]) for i, line in enumerate(lines, 1)]
     found = [(i, words) for i, words in found if words[0]]
     if all(len(words) == 1 for _, words in found):
         found = [(i, [*x, *y]) for (i, x), (_, y) in itertools.zip_longest(
@@ -1193,7 +1203,7 @@ def concentrate(surfaces, sky, costs):
         before, sky = sky, nearest(distances, least)
         if step == FIRST_STEPS:
             sky = sky[np.argsort(np.linalg.slogdet(covariance)[1])[:MOST_STARTS]]
-        elif (sky == before).all():
+        elif step > FIRST_STEPS and (sky == before).all():
             break
     for step in range(10):
         # The half nearest to a surface scatters less than all that belongs to it.
@@ -2141,13 +2151,14 @@ def first_of_stack(tags, n_pages, n_values, most):
     text = next((tag.value for tag in tags if tag.code == DESCRIPTION and tag.type == 2), b'')
     n_planes = next((tag.count for tag in tags if tag.code == METAMORPH[1]), 1)
     if text.startswith(b'ImageJ='):
-        n_planes = max(map(int, re.findall(rb'^images=(\d{1,9})$', text, re.MULTILINE)), default=1)
-        text = re.sub(rb'^(images|channels|slices|frames|hyperstack)=.*\n', b'', text, flags=re.MULTILINE)
+        n_planes = max(map(int, re.findall(rb'^images=(\d{1,9})[\r\0]*$', text, re.MULTILINE)), default=1)
+        text = re.sub(rb'^(images|channels|slices|frames|hyperstack)=[^\n\0]*\n?', b'', text,
+                      flags=re.MULTILINE)
     elif shape := re.match(rb'{(?:"truncated": true, )?"shape": \[([\d, ]{1,200})\]', text):
         n_planes, text = math.prod(map(int, re.findall(rb'\d+', shape[1]))) // n_values, b''
     elif b'<OME' in text:
         text = b''
-    if n_planes > most or max(n_planes, n_pages) == 1:
+    if n_planes > max(most, n_pages) or max(n_planes, n_pages) == 1:
         return tags, n_pages
     stale = {*METAMORPH, *IMAGEJ, *(() if text else [DESCRIPTION])}
     return [tag._replace(count=len(text), value=text) if tag.code == DESCRIPTION else tag for tag in tags
@@ -2325,19 +2336,22 @@ class FitsHeader(NamedTuple):
     """A header of a FITS file, and the place of its data."""
 
     cards: list  # of 80 bytes, without END
+    valued: dict  # the first card of each keyword, of 8 bytes, that has a value in the standard's way
     start: int
     data: int  # where the data begin
     axes: list = []  # lengths, the fastest first
     end: int = 0  # of the data, without padding
 
     def get(self, name, default=None):
-        """Return the value of the first card of a keyword that is written in the standard's way."""
+        """Return the value of a keyword, None if it is undefined."""
         from astropy.io.fits import Card
-        for card in self.cards:
-            if card.startswith(f'{name:8}='.encode()):
-                with warnings.catch_warnings(action='ignore'):  # what is not standard is copied as it is
-                    return Card.fromstring(card.decode('ascii', 'replace').replace('\ufffd', '?')).value
-        return default
+        from astropy.io.fits.card import Undefined
+        card = self.valued.get(f'{name:8}'.encode())
+        if card is None:
+            return default
+        with warnings.catch_warnings(action='ignore'):  # what is not as in the standard is copied as it is
+            value = Card.fromstring(card.decode('ascii', 'replace').replace('\ufffd', '?')).rawvalue
+        return None if isinstance(value, Undefined) else value
 
     def whole_number(self, name, default=None):
         """Return a value that is a whole number; Damage if it is none."""
@@ -2364,7 +2378,9 @@ def read_header(file, start):
             raise Damage(f'no header at byte {start}')
         cards += [block[i:i + FITS_CARD] for i in range(0, FITS_BLOCK, FITS_CARD)]
     data = start + len(cards) * FITS_CARD
-    header = FitsHeader(cards[:len(cards) - n + ends.index(True)], start, data)
+    cards = cards[:len(cards) - n + ends.index(True)]
+    valued = {card[:8]: card for card in reversed(cards) if card[8:9] == b'='}
+    header = FitsHeader(cards, valued, start, data)
     bits, n_axes = header.whole_number('BITPIX'), header.whole_number('NAXIS')
     if bits not in (8, 16, 32, 64, -32, -64) or not 0 <= n_axes <= 999:
         raise Damage(f'BITPIX is {bits}, and NAXIS is {n_axes}')
@@ -2550,7 +2566,7 @@ def check_output(image, path, compress):
     if compress and not image.can_compress:
         raise RmgradientError(f'{image.name} is written without compression; leave out --compress')
     for name, endings in ENDINGS.items():
-        if path.lower().endswith(endings) and name != image.name:
+        if os.path.splitext(path)[1].lower() in endings and name != image.name:
             raise RmgradientError(f'a {image.name} picture is written as {image.name}, not {name}; '
                                   f'name it {image.endings[0]}')
 
@@ -2790,7 +2806,7 @@ def draw_preview(file, kind, image, points, misfits, model, method, sky, radius)
     panel = 6 * np.array([width, height]) / max(width, height)
     grid = (3, 1) if width > 2.5 * height else (1, 3)
     size = np.maximum(panel, 2.5) * grid[::-1] + 1
-    figure, (left, bottom) = Figure(figsize=size), 0.6 / size  # a layout by matplotlib takes longer than all else
+    figure, (left, bottom) = Figure(figsize=size), 0.6 / size  # a layout by matplotlib takes long
     figure.subplots_adjust(left, bottom, 1 - left / 4, 1 - bottom / 1.5, 0.04, 0.15)
     pictures = [np.broadcast_to(picture, (*picture.shape[:2], 3)).copy() for picture in (
         stretch_midtones(before), stretch_midtones(background, before), stretch_midtones(after))]
@@ -2983,14 +2999,15 @@ class Editor:
     def _press(self, event):
         if event.inaxes not in (self.left, self.right) or getattr(self.figure.canvas.toolbar, 'mode', ''):
             return  # outside, or the toolbar's zoom or pan
-        near = self._near(event)
+        near, x, y = self._near(event), round(event.xdata), round(event.ydata)
+        is_inside = 0 <= x < self.image.shape[1] and 0 <= y < self.image.shape[0]
         if event.button == 3 and near is not None:
             self._change(remove_pair(self.pairs, near))
         elif event.button == 1 and near is not None:
             self._dragged = near, self.pairs
-        elif event.button == 1:
+        elif event.button == 1 and is_inside:
             sign = -1.0 if event.key == 'shift' and len(self.pairs) else 1.0  # the first starts an isoline
-            self._change(np.vstack([self.pairs, [sign * round(event.xdata), sign * round(event.ydata)]]))
+            self._change(np.vstack([self.pairs, [sign * x, sign * y]]))
 
     def _drag(self, event):
         if self._dragged and event.xdata is not None:
@@ -3007,6 +3024,8 @@ class Editor:
 
     def _key(self, event):
         key = (event.key or '').lower().replace('cmd', 'ctrl')
+        self._release(None)
+        self.unusable = self._check()  # the timer may not have fired since the last change
         try:
             if key in ('delete', 'backspace') and (near := self._near(event)) is not None:
                 self._change(remove_pair(self.pairs, near))
@@ -3350,11 +3369,10 @@ def read_points(options):
             raise RmgradientError(f'is not a file of points: it has more than {MOST_POINTS * 200} bytes')
         lines = re.split('\r\n?|\n', data.decode('utf-8-sig', 'replace'))
         pairs, line_numbers = parse_points_file(lines)
-        counts = len(pairs) > 2 and (np.diff(pairs[:, 0]) == 1).all()
-        more = re.compile(rf'\W*([\d.]+{SEPARATORS}-?){{{2 if counts else 3},}}[\d.]+\W*')
-        if any(map(more.fullmatch, lines)):
+        most = 2 if len(pairs) > 2 and (np.diff(pairs[:, 0]) == 1).all() else 3
+        if any(count_numbers(line) > most for line in lines):
             logger.warning('%s: some lines hold more than a pair of numbers; only the first two are used%s',
-                           name, ': are the first ones the numbers of the points?' if counts else '')
+                           name, ': are the first ones the numbers of the points?' if most == 2 else '')
         points = make_points(pairs, [f'{name}, line {i}' for i in line_numbers], least)
     saved = re.match(r'# .*, (\d{1,9}) x (\d{1,9}) pixels, sigma ([\d.]+)$', lines[0])
     if saved and saved[3] != f'{options.sigma:g}':

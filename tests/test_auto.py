@@ -268,6 +268,23 @@ def test_quantile_of_chi_squared(n):
     assert rg.chi_squared_quantile(n) == pytest.approx(chi2.ppf(0.99, n), rel=0.02)
 
 
+def test_all_but_some_starts_are_dropped(monkeypatch):
+    """Also where no start moves any more before that: else unlikely ones take part in what follows."""
+    sizes, real = [], rg.Surfaces.fit
+
+    def fit(surfaces, sets):
+        sizes.append(len(sets))
+        return real(surfaces, sets)
+    monkeypatch.setattr(rg.Surfaces, 'fit', fit)
+    places = np.random.default_rng(1).uniform(-1, 1, (12, 2))
+    surfaces = rg.Surfaces(rg.legendre_terms(places, 1), np.zeros((12, 1)), np.ones(12))
+    same = np.zeros((40, 12))
+    same[:, :6] = 1
+    rg.concentrate(surfaces, same, np.full(12, 5.0))
+    assert sizes[0] == 40
+    assert sizes[-1] == 10
+
+
 def test_surfaces_are_least_squares():
     """Each of the sets as if alone, weights and all."""
     rng = np.random.default_rng(16)

@@ -208,6 +208,34 @@ def test_automatic_points_around_a_single_one(hand):
     assert len(hand.editor.pairs) > 60
 
 
+def test_removed_while_it_is_dragged(hand):
+    hand.set(PLACES)
+    hand._mouse('button_press_event', *PLACES[-1], 1)
+    hand._mouse('motion_notify_event', 130, 210)
+    hand.press('delete', 130, 210)
+    hand._mouse('motion_notify_event', 140, 220)
+    hand._mouse('button_release_event', 140, 220, 1)
+    assert len(hand.editor.pairs) == len(PLACES) - 1
+    hand.press('ctrl+z')
+    assert np.abs(hand.editor.pairs[-1] - [130, 210]).max() <= 1
+
+
+def test_clicks_outside_of_the_picture_set_nothing(hand):
+    hand.editor.left.set_xlim(-200, 700)
+    hand.click(-60, 100)
+    hand.click(650, 100)
+    assert len(hand.editor.pairs) == 0
+
+
+def test_keys_before_the_timer_fires(hand):
+    """A bad point is removed, or set, and Enter comes at once: what can be used is judged anew."""
+    hand.set([(5, 5), *PLACES])
+    hand._mouse('button_press_event', 5, 5, 3)
+    hand.canvas.callbacks.process('key_press_event', KeyEvent('key_press_event', hand.canvas, 'enter', 0, 0))
+    assert hand.editor.accepted
+    assert hand.editor.points().centers.tolist() == [list(place) for place in PLACES]
+
+
 def test_title_tells_what_is_not_saved(hand):
     hand.set(PLACES)
     assert hand.title == 'sky.tif - points not saved'

@@ -376,6 +376,17 @@ def test_imagej_stack_of_one_page(cli):
     assert tags[50839][2] == b'labels'
 
 
+def test_points_file_of_dots(cli):
+    """Such lines took a regular expression minutes."""
+    lines = ['30 30', '60 60', '90 30', '# ' + '. ' * 3000 + 'x', '# ' + '.' * 200000 + 'x']
+    (cli.folder / 'dots').write_text('\n'.join(lines))
+    assert cli(points=['-f', 'dots']) == 0
+    assert rg.count_numbers('15 15 ' + '. ' * 50000 + 'x') == 0
+    (cli.folder / 'dots').write_text('30 30\n60 60\n90 30\n# 1 2 3 4\n')
+    assert cli('--overwrite', points=['-f', 'dots']) == 0
+    assert 'some lines' not in cli.stderr
+
+
 def test_stacks_of_other_programs(cli):
     stack = np.stack([GRAY[..., 0]] * 5)
     tifffile.imwrite('shaped.tif', stack)
@@ -384,11 +395,18 @@ def test_stacks_of_other_programs(cli):
     tifffile.imwrite('imagej.tif', stack, imagej=True)
     write_tiff(cli.folder / 'metamorph.tif', {**TAGS, 33629: (5, struct.pack('<30I', *range(30))), 33628: (4, [0])},
                [GRAY.tobytes()])
+    for name, options in {'packed.tif': {}, 'packed_ome.tif': {'ome': True}}.items():  # smaller than what they hold
+        tifffile.imwrite(name, stack, compression='zlib', **options)
+    text = b'ImageJ=1.53\r\nimages=5'  # without an end of the last line
+    write_tiff(cli.folder / 'ended.tif', {**TAGS, 270: (2, text + b'\0')}, [GRAY.tobytes()])
+    with open(cli.folder / 'ended.tif', 'ab') as file:
+        file.write(4 * GRAY.tobytes())
     data = bytearray((cli.folder / 'metamorph.tif').read_bytes() + 4 * GRAY.tobytes())
     at = data.find(struct.pack('<HH', 33629, 5))
     struct.pack_into('<I', data, at + 4, 5)
     (cli.folder / 'metamorph.tif').write_bytes(data)
-    for name in ('shaped.tif', 'truncated.tif', 'ome.ome.tif', 'imagej.tif', 'metamorph.tif'):
+    for name in ('shaped.tif', 'truncated.tif', 'ome.ome.tif', 'imagej.tif', 'metamorph.tif', 'packed.tif',
+                 'packed_ome.tif', 'ended.tif'):
         assert cli('-i', name, '--overwrite') == 0
         assert f'{name}: only the first of 5 pages is corrected, 4 are left out' in cli.stderr
         tags = read_tags(cli.folder / 'out.tif')
