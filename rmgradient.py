@@ -2831,7 +2831,10 @@ def draw_preview(file, kind, image, points, misfits, model, method, sky, radius)
         places = [min(path.vertices, key=lambda place: np.hypot(*(place - middle)))
                   for path in lines.get_paths() if len(path.vertices)]
         panels[1].clabel(lines, fontsize=7, fmt=lambda value: in_words([value]), manual=places)
-    figure.savefig(file, format=kind, dpi=130)
+    try:
+        figure.savefig(file, format=kind, dpi=130)
+    except ValueError as error:  # what matplotlib says of arrays that find no memory
+        raise MemoryError from error
 
 
 # ---- Editor --------------------------------------------------------------------------------------

@@ -566,6 +566,13 @@ def test_preview_kinds(cli, name, begin):
         assert (cli.folder / name).read_bytes().startswith(begin)
 
 
+def test_preview_without_memory(cli, monkeypatch):
+    def savefig(*_, **__):
+        raise ValueError('Input array could not be made C-contiguous')
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', savefig)
+    cli.fails('--preview', 'p.png', match='sky.tif: not enough memory')
+
+
 def test_preview_errors(cli, monkeypatch):
     cli.fails('--preview', 'preview.jpg', status=2, match="'preview.jpg' does not end in .png, .pdf or .svg")
     (cli.folder / 'preview.png').write_text('old')
