@@ -442,6 +442,13 @@ def distances_between(a, b):
     return np.hypot(*(a[:, None] - b).transpose(2, 0, 1))
 
 
+def distances_among(places):
+    """Return the (n_places, n_places) distances between places, infinite from each to itself."""
+    distances = distances_between(places, places)
+    np.fill_diagonal(distances, np.inf)
+    return distances
+
+
 def average_spacing(centers):
     """Return the average distance between (n_points, 2) points in their box, scipy's default epsilon."""
     edges = np.ptp(centers, axis=0)
@@ -811,6 +818,7 @@ def fit_background(points: Points, levels: np.ndarray, smooth: float | str = 'au
 # ---- Misfits -------------------------------------------------------------------------------------
 
 MISFIT = 6.0  # a point is worth a warning if it is off by this many standard deviations
+UNLIKELY, UNRELATED = 25.0, 0.5  # noises of levels, and part of their scatter: more is no agreement
 
 
 def find_misfits(points: Points, levels: np.ndarray, noise: np.ndarray,
@@ -880,7 +888,7 @@ def _usual_around(choice, centers, i, out):
 
 
 def _find_pair(choice, centers, least_error):
-    """Return index and error of the worst point and its nearest neighbor if both stand out.
+    """Return index and error of the worst point, and of its nearest neighbor if that stands out, too.
 
     As in `_find_worst`, but left out together, see `left_out_errors`; not of points on isolines.
     """
@@ -888,9 +896,7 @@ def _find_pair(choice, centers, least_error):
     alone = np.flatnonzero(np.isin(choice.leader, leaders[counts == 1]))
     if len(alone) < LEAST_PLACES:
         return []
-    distances = distances_between(centers[alone], centers[alone])
-    np.fill_diagonal(distances, np.inf)
-    pairs = np.stack([alone, alone[distances.argmin(axis=1)]])
+    pairs = np.stack([alone, alone[distances_among(centers[alone]).argmin(axis=1)]])
     # The inverse of two rows and columns of the precision, written out for all pairs.
     own, other = np.diag(choice.precision)[pairs][..., None]
     shared, (first, second) = choice.precision[*pairs][:, None], choice.weights[pairs]
@@ -898,14 +904,26 @@ def _find_pair(choice, centers, least_error):
     judged = determinant > 1e-12 * own.max() ** 2
     errors = np.stack([shared * second - other * first, shared * first - own * second])
     errors = np.where(judged, errors / np.where(judged, determinant, 1), 0)
-    standardized = errors[0] * np.sqrt(np.where(judged, determinant / other, 0))
-    significant = np.abs(significance(errors[0], standardized, least_error))
-    worst, channel = np.unravel_index(significant.argmax(), significant.shape)
-    pair = pairs[:, worst]
-    usual = _usual_around(choice, centers, pair[0], np.isin(np.arange(len(centers)), pair))[1][channel]
-    if min(significant[worst, channel], np.abs(standardized[worst, channel]) / usual) <= MISFIT:
+    standardized = errors * np.sqrt(np.where(judged, determinant / np.stack([other, own]), 0))
+    significant = np.abs(significance(errors, standardized, least_error, standardized[0]))
+    worst, channel = np.unravel_index(significant[0].argmax(), significant[0].shape)
+    stand_out = significant[:, worst, channel] > MISFIT
+    if not stand_out[0]:
         return []
-    return list(zip(pair, errors[:, worst, channel]))
+    pair = pairs[:, worst]
+    _, usual = _usual_around(choice, centers, pair[0], np.isin(np.arange(len(centers)), pair))
+    if np.abs(standardized[0, worst, channel]) <= MISFIT * usual[channel]:
+        return []
+    return list(zip(pair[stand_out], errors[stand_out, worst, channel]))
+
+
+def hardly_agree(choice, levels, noise):
+    """Tell whether points are predicted from the others so badly that some, or all, can't be trusted.
+
+    Levels, (n_points, n_channels), and their noise, (n_channels,), in data units.
+    """
+    off = np.sqrt((choice.errors**2).mean(axis=0))
+    return (off > np.maximum(UNLIKELY * noise, UNRELATED * levels.std(axis=0))).any()
 
 
 @np.errstate(over='ignore')  # beside errors of zero, others are infinitely large
@@ -1059,9 +1077,7 @@ class Sites(NamedTuple):
 
     def neighbors(self):
         """Return which places are neighbors, (n_places, n_places) bool; none is its own."""
-        distances = distances_between(self.points.centers, self.points.centers)
-        np.fill_diagonal(distances, np.inf)
-        return distances < NEIGHBORS * self.cell
+        return distances_among(self.points.centers) < NEIGHBORS * self.cell
 
 
 @np.errstate(over='ignore')  # as in `significance`
@@ -1545,6 +1561,14 @@ def find_darkest(model, height, width, rows=ROWS, starmap=itertools.starmap):
     return np.min([found, *starmap(evaluating, rest)], axis=0)
 
 
+def lowest_of_coarse(model, height, width):
+    """Return about the lowest background, of some 100 x 100 pixels of the frame, and its place (x, y)."""
+    factor = max(1, max(height, width) // 100)
+    background = model.shrunk(factor).evaluate(0, -(-height // factor), -(-width // factor))
+    y, x, _ = np.unravel_index(background.argmin(), background.shape)
+    return background.min(), (int(x) * factor, int(y) * factor)
+
+
 def check_sky(sky, dtype):
     """Raise RmgradientError if a number for the level of the sky is not in the range of an integer dtype."""
     if isinstance(sky, numbers.Real) and np.dtype(dtype).kind in 'ui':
@@ -1581,7 +1605,7 @@ METHODS = 'subtract', 'stretch', 'divide'
 
 
 def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky: np.ndarray | None = None,
-            dither: np.ndarray | None = None) -> np.ndarray:
+            dither: np.ndarray | None = None, classic: bool = False) -> np.ndarray:
     """Return a strip of the picture without its background.
 
     Parameters
@@ -1599,6 +1623,8 @@ def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky:
         In data units; 0 by default.
     dither : (n_rows, width, n_channels) ndarray, optional
         Noise uniform in -0.5 ... 0.5, added to integers before they are rounded.
+    classic : bool
+        Whether 'stretch' takes 0 for the sky, as the original rmgradient does.
 
     Returns
     -------
@@ -1611,7 +1637,6 @@ def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky:
     RmgradientError
         If a strip to be stretched holds floats above white, or background as bright as that.
     """
-    sky = 0 if sky is None else sky
     if method == 'subtract':
         if strip.dtype.kind in 'ui':
             return _subtract_integers(strip, shift if dither is None else shift - dither)
@@ -1622,6 +1647,7 @@ def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky:
     if strip.dtype.kind == 'f' and (strip > white).any():
         raise RmgradientError('stretching takes 1.0 for white, but there are values up to '
                               f'{np.nanmax(strip):g}; divide the picture by that first')
+    sky = 0 if sky is None or classic else sky
     background = shift + sky
     if background.max() >= white:
         raise RmgradientError(f'stretching can not keep white, {white:g}, where the background is '
@@ -1706,21 +1732,19 @@ def correct_rows(strip, start, model, method='subtract', sky=None, dither=False,
     """Remove the background, in place, from a strip of (n_rows, width, n_samples) that begins at a row.
 
     Color channels come first; further samples stay as they are. The model is above the level of the sky;
-    method and sky as in `correct`. Pixels without data stay as they are, see `no_data`. The classic way
-    knows nothing of these, nor of a sky above 0 to stretch. `blank` is a value that stands for no data
-    anywhere: it stays, and nothing else becomes it. Returns how many pixels became black and white, see
-    `newly_limited`.
+    method, sky and classic as in `correct`. Pixels without data stay as they are, see `no_data`, of which
+    the classic way knows nothing. `blank` is a value that stands for no data anywhere: it stays, and nothing
+    else becomes it. Returns how many pixels became black and white, see `newly_limited`.
     """
     stop, width, n_channels = start + len(strip), strip.shape[1], model.n_channels
     noise = dither_noise(start, stop, width, n_channels) if dither else None
     color, n_limited = strip[..., :n_channels], np.zeros(2, int)
     empty = np.zeros(strip.shape[:2], bool) if classic else no_data(color)
-    sky = None if classic and method == 'stretch' else sky
     kept = strip[empty]
     for rows, columns, shift in model.blocks(start, stop, width):
         before = color[rows, columns]
         with np.errstate(all='ignore'):  # infinite pixels, and signaling NaN
-            corrected = correct(before, shift, method, sky, noise[rows, columns] if dither else None)
+            corrected = correct(before, shift, method, sky, noise[rows, columns] if dither else None, classic)
         if blank is not None:
             corrected = np.where(before == blank, before, keep_off(corrected, blank))
         n_limited += newly_limited(before, corrected)
@@ -1735,11 +1759,12 @@ def keep_off(values, blank):
     return np.where(values == blank, values.dtype.type(neighbor), values)
 
 
-def correct_binned(picture, background, method, sky, dtype):
+def correct_binned(picture, background, method, sky, dtype, classic=False):
     """Return a binned picture, float64, without its background, and where it became black, bool."""
     white, lowest = (np.iinfo(dtype).max, np.iinfo(dtype).min) if dtype.kind in 'ui' else (1.0, 0)
     with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
-        after = correct(picture / white, (background - sky) / white, method, sky / white) * white
+        shift = (background - sky) / white
+        after = correct(picture / white, shift, method, sky / white, classic=classic) * white
     after = np.where(no_data(picture)[..., None], picture, after)
     return after, ((after <= lowest) & (picture > lowest)).any(axis=2)
 
@@ -2565,8 +2590,9 @@ def check_output(image, path, compress):
     """Raise RmgradientError if an output can't be as the image is: by its ending, or compressed."""
     if compress and not image.can_compress:
         raise RmgradientError(f'{image.name} is written without compression; leave out --compress')
+    ending = os.path.splitext(path)[1].lower()
     for name, endings in ENDINGS.items():
-        if os.path.splitext(path)[1].lower() in endings and name != image.name:
+        if ending in endings and name != image.name:
             raise RmgradientError(f'a {image.name} picture is written as {image.name}, not {name}; '
                                   f'name it {image.endings[0]}')
 
@@ -2791,18 +2817,18 @@ def draw_points(axes, points, bad, radius, numbered):
     return drawn
 
 
-def draw_preview(file, kind, image, points, misfits, model, method, sky, radius):
+def draw_preview(file, kind, image, points, misfits, model, method, sky, radius, classic=False):
     """Draw the picture with its points, the background with contour lines, and the result into a binary file.
 
-    Kind is 'png', 'pdf' or 'svg'; misfits are indices of points, method and sky as in `correct`. What became
-    black is blue.
+    Kind is 'png', 'pdf' or 'svg'; misfits are indices of points; method, sky and classic as in `correct`.
+    What became black is blue.
     """
     from matplotlib.figure import Figure
 
     height, width, _ = image.shape
     before, factor = read_binned(image, 0, width, 0, height)
     background = model.shrunk(factor).evaluate(0, *before.shape[:2])
-    after, black = correct_binned(before, background, method, sky, image.dtype)
+    after, black = correct_binned(before, background, method, sky, image.dtype, classic)
     panel = 6 * np.array([width, height]) / max(width, height)
     grid = (3, 1) if width > 2.5 * height else (1, 3)
     size = np.maximum(panel, 2.5) * grid[::-1] + 1
@@ -2900,7 +2926,7 @@ class Editor:
 
     def update(self):
         """Measure what is new, fit, and draw."""
-        self.unusable, self.misfits, self.model, levels = self._check(), [], None, None
+        unusable, self.misfits, self.model, levels = self.unusable, [], None, None
         try:
             points = self.points()
             places = zip(points.x[points.leader], points.y[points.leader])
@@ -2908,12 +2934,12 @@ class Editor:
             self.model = fit_background(points, levels, self.settings.smooth)
             text = f'{len(points.x)} points in use'
             if self.model.choice:
-                usable = np.delete(np.arange(len(self.pairs)), list(self.unusable)).tolist()
+                usable = np.delete(np.arange(len(self.pairs)), list(unusable)).tolist()
                 misfits = find_misfits(points, levels, noise, self.model.choice)
                 self.misfits = [usable[i] for i, _ in misfits]
         except RmgradientError as error:
             text = str(error)
-        reasons = dict.fromkeys(self.misfits, 'does not fit the others (not on empty sky?)') | self.unusable
+        reasons = dict.fromkeys(self.misfits, 'does not fit the others (not on empty sky?)') | unusable
         self._draw(levels, list(reasons))
         for i in sorted(reasons)[-2:]:
             x, y = np.abs(self.pairs[i]).astype(int)
@@ -2925,8 +2951,9 @@ class Editor:
     def _is_saved(self):
         return np.array_equal(self._saved, self.pairs)
 
-    def _check(self):
-        """Measure new places, and return {index: reason} of the points that can't be used."""
+    @property
+    def unusable(self):
+        """{index: reason} of the points that can't be used; new places are measured."""
         reasons, seen, leader = {}, set(), 0
         height, width, _ = self.image.shape
         for i, (pair, place) in enumerate(zip(self.pairs, np.abs(self.pairs).astype(int).tolist())):
@@ -2967,7 +2994,8 @@ class Editor:
                 method, size = self.settings.method, self.image.shape[:2]
                 with contextlib.suppress(RmgradientError):
                     sky = find_sky(self.settings.sky, method, levels, self.model, *size)
-                    picture, _ = correct_binned(self._picture, picture, method, sky, self.image.dtype)
+                    classic, dtype = is_classic(self.model, self.settings.sky), self.image.dtype
+                    picture, _ = correct_binned(self._picture, picture, method, sky, dtype, classic)
                     like, name = picture, 'result (v: background)'
         self._images[1].set_data(self._stretch(picture, like))
         self.right.set_title(name, fontsize=10)
@@ -3028,7 +3056,6 @@ class Editor:
     def _key(self, event):
         key = (event.key or '').lower().replace('cmd', 'ctrl')
         self._release(None)
-        self.unusable = self._check()  # the timer may not have fired since the last change
         try:
             if key in ('delete', 'backspace') and (near := self._near(event)) is not None:
                 self._change(remove_pair(self.pairs, near))
@@ -3072,7 +3099,6 @@ class Editor:
 # ---- Pipeline ------------------------------------------------------------------------------------
 
 MISREGISTERED = 5.0  # noises of levels: a reference that explains the points worse is not registered
-UNLIKELY, UNRELATED = 25.0, 0.5  # noises of levels, and part of their scatter: that points agree to
 LEAST_SPAN = 0.15  # of the picture's area, were the points spread evenly; with less, most is extrapolated
 NINTHS = 'upper left', 'top', 'upper right', 'left', None, 'right', 'lower left', 'bottom', 'lower right'
 
@@ -3219,8 +3245,9 @@ def process_picture(path, outputs, points, saved_for, options, alone):
     with image, threads(progress_bar('strip', megapixels, shown=alone)) as starmap:
         check_picture(path, image, outputs, points, saved_for, options)
         if options.auto is not None and not options.reference:
-            chosen = choose_points(image, options.auto or AUTO, options.sigma, points, starmap)
-            points = report_chosen(path, image, points, chosen, options.auto)
+            n = options.auto or AUTO
+            chosen = choose_points(image, n, options.sigma, points, starmap)
+            points = report_chosen(path, image, points, chosen, n)
         if options.edit:
             points = edit_points(path, image, points, outputs, options)
             if points is None:
@@ -3238,7 +3265,7 @@ def process_picture(path, outputs, points, saved_for, options, alone):
                 radius = math.ceil(3 * options.sigma)
                 with about(outputs['preview']):
                     draw_preview(files['preview'], kind, image, points, misfits, model, options.method, sky,
-                                 radius)
+                                 radius, is_classic(model, options.sky))
     report_written(outputs, image, sky, counts)
 
 
@@ -3312,10 +3339,11 @@ def edit_points(path, image, points, outputs, options):
     name = outputs.get('save_points') or os.path.splitext(path)[0] + '_points.txt'
     if not outputs:
         logger.info('%s: without -o no picture is written; Enter saves the points', path)
-    overwrite = [options.overwrite]
+    overwrite = options.overwrite
 
     def save(points):
-        replaces, overwrite[0] = overwrite[0], True  # once it is ours, or asked for twice
+        nonlocal overwrite
+        replaces, overwrite = overwrite, True  # once it is ours, or asked for twice
         if os.path.isfile(name) and not replaces:
             raise RmgradientError(f'{name} exists; once more replaces it')
         check_paths([path], [name], replaces)
@@ -3345,10 +3373,10 @@ def fit_with_reference(path, image, points, options, starmap):
                 points = places_beside_reference(image, reference, n, options.sigma, points, starmap)
             levels, noise = measure_levels(image, points, options.sigma)
         found = fit_beside_reference(points, levels, measure_levels(reference, points, options.sigma)[0])
-    if (found.unexplained > MISREGISTERED * np.median(noise, axis=0)).any():
+    noise = np.median(noise, axis=0)
+    if (found.unexplained > MISREGISTERED * noise).any():
         logger.warning('%s: the reference explains the points to %s, and the noise of their levels is %s: is '
-                       'it registered to the pixel?', path, in_words(found.unexplained),
-                       in_words(np.median(noise, axis=0)))
+                       'it registered to the pixel?', path, in_words(found.unexplained), in_words(noise))
     scales = [f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(found.scale, found.error)]
     logger.info('%s: %d of %d points fit the reference, whose scale is %s; they are predicted from the '
                 'others to %s', path, found.kept.sum(), len(found.kept), ', '.join(scales),
@@ -3467,7 +3495,7 @@ def progress_bar(unit, text='', shown=True):
 
 def report_chosen(path, image, given, chosen, n):
     """Log how many points were chosen, warn of what makes the background uncertain, and return the points."""
-    finer = 'a finer grid (-a 25)' if (n or AUTO) < 25 else 'a smaller --sigma'
+    finer = 'a finer grid (-a 25)' if n < 25 else 'a smaller --sigma'
     height, width, _ = image.shape
     n_given, points = len(given.x) if given else 0, chosen.points
     logger.info('%s: %d points chosen from %d quiet places%s', path, len(points.x) - n_given, chosen.n_places,
@@ -3519,21 +3547,18 @@ def report_model(path, image, points, levels, noise, model):
     if not model.choice:
         return []
     choice, misfits = model.choice, find_misfits(points, levels, noise, model.choice)
-    off, noise = np.sqrt((choice.errors**2).mean(axis=0)), np.median(noise, axis=0)
+    noise = np.median(noise, axis=0)
     smooth = np.format_float_positional(choice.smooth, 2, fractional=False, trim='-')
     logger.info('%s: model: %s and a multiquadric of shape %.0f pixels and smoothness %s', path, choice.trend,
                 choice.epsilon, smooth)
     if len(points.x) > 4:  # fewer say nothing about each other
         logger.info('%s: points are predicted from the others to %s (root mean square); the noise of their '
-                    'levels is %s', path, in_words(off), in_words(noise))
-    factor = max(1, max(height, width) // 100)
-    coarse = model.shrunk(factor).evaluate(0, -(-height // factor), -(-width // factor))
-    if coarse.min() < 0 < levels.min():
-        y, x, _ = np.unravel_index(coarse.argmin(), coarse.shape)
-        logger.warning('%s: the background falls to %s, below 0, near (%d, %d), where no point holds it; add '
-                       'one of empty sky there', path, in_words([coarse.min()]), x * factor, y * factor)
-    doubtful = (off > np.maximum(UNLIKELY * noise, UNRELATED * levels.std(axis=0))).any()
-    if doubtful and not misfits and len(points.x) > 4:
+                    'levels is %s', path, in_words(np.sqrt((choice.errors**2).mean(axis=0))), in_words(noise))
+    lowest, place = lowest_of_coarse(model, height, width)
+    if lowest < 0 < levels.min():
+        logger.warning('%s: the background falls to %s, below 0, near %s, where no point holds it; add one '
+                       'of empty sky there', path, in_words([lowest]), place)
+    if hardly_agree(choice, levels, noise) and not misfits and len(points.x) > 4:
         logger.warning('%s: the points hardly agree on a smooth background: some may be on nebulae or stars, '
                        'or the glow needs more of them; look at --preview', path)
     for i, error in misfits:

@@ -614,6 +614,20 @@ def test_binned_result_is_that_of_the_pixels(method, dtype):
     assert not black[:5, -5:].any()
 
 
+def test_preview_of_the_classic_way_is_what_is_written(cli, monkeypatch):
+    """Stretched with 0 for the sky; the adaptive way is told from it."""
+    drawn, real = [], rg.correct_binned
+
+    def correct_binned(*arguments):
+        drawn.append(real(*arguments)[0])
+        return real(*arguments)
+    monkeypatch.setattr(rg, 'correct_binned', correct_binned)
+    for smooth in ('0.1', 'auto'):
+        assert cli('--preview', 'p.png', '--stretch', '-m', smooth, '--overwrite') == 0
+        written = tifffile.imread('out.tif')
+        assert np.abs(drawn[-1].clip(0, 65535) - written).max() < 0.51  # rounding
+
+
 @pytest.mark.parametrize('factor', [1, 3, 8])
 def test_shrunk_model(factor):
     points = rg.make_points(np.random.default_rng(4).integers(0, 240, (20, 2)))
