@@ -28,50 +28,36 @@ Examples: points chosen automatically, and points from a file through xargs.
     cat test_data/skypoints | xargs python rmgradient.py -i test_data/sky.tif \
         -o sky_out.tif -b sky_background.tif -p
 """
-# The rooms, each using those above it. Errors; Points, from words to places; Levels, their blurred colors;
-# Choice of the model, Model, its evaluation, and Misfits, points that do not fit it; Reference and
-# Automatic points, two ways to tell a nebula from a glow; Sky level and Correction, from background to
-# pixels: none of these opens a file or prints. Then files: Pictures, what each format fills in; TIFF
-# directories, input and output; FITS; Formats, by their content; Files, complete or not at all. Then
-# people: Preview; Editor; Pipeline, the whole job; Command line.
+# The rooms of this file, in the order of the work; each uses only those above it. A picture and points become
+# levels (Measured), these a surface (Fit), and this what each pixel gets (Correction):
+# - Process, Errors and settings;
+# - numbers, which never open a file or print: Points, Pictures, Levels, Choice of the model, Model and fit, Misfits,
+#   Reference, Automatic points, Sky level, Correction, Chain;
+# - files: Picture files, TIFF directories, TIFF, FITS, Formats, Files;
+# - people: Display, Pipeline, Command line.
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import signal
 import sys
 
-
-def say_out_of_memory(kind, error, trace):
-    """Say in one line that memory was short while this program was loaded; Python has many."""
-    if issubclass(kind, (MemoryError, SystemError)):
-        sys.stderr.write('rmgradient: error: not enough memory\n')
-    else:
-        sys.__excepthook__(kind, error, trace)
-
+# ---- Process -------------------------------------------------------------------------------------
 
 if IS_COMMAND := os.path.splitext(os.path.basename(''.join(sys.argv[:1])))[0] == 'rmgradient':
-    # The process is ours alone, and short. An interruption while libraries load ends it quietly; main()
-    # takes over later. Loading makes much and frees nothing: no garbage is collected meanwhile. Our own
-    # threads take strips each: more of them inside of small matrix products would only be in their way.
-    # Freed memory is kept for the next strip: to have it mapped and zeroed anew takes longer than to fill
-    # it. And run() ends the process at once.
+    # The process is ours alone. Until main() takes over, an interruption ends it quietly, also while libraries load.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.excepthook = say_out_of_memory
-    gc.disable()
+    # Our threads take strips each: threads inside of small matrix products would only be in their way.
     os.environ.update(dict.fromkeys(
         ('OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'OMP_NUM_THREADS', 'VECLIB_MAXIMUM_THREADS'), '1'))
-    if hasattr(ctypes.pythonapi, 'mallopt'):  # glibc
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        ctypes.pythonapi.mallopt(M_MMAP_THRESHOLD, 2**25)
-        ctypes.pythonapi.mallopt(M_TRIM_THRESHOLD, 2**30)
+    # Loading makes much and frees nothing, and one picture is corrected in less time than garbage is looked for.
+    gc.disable()
 
 import argparse
-import atexit
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import functools
 import importlib.util
@@ -82,12 +68,17 @@ import math
 import numbers
 import re
 import shlex
+import shutil
 import stat
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 
 def why_not_loaded(error):
@@ -101,6 +92,17 @@ def why_not_loaded(error):
     return f'a library can not be loaded ({kind}): not enough memory, or installed in part only'
 
 
+def report_lack_of_memory(kind, error, trace):
+    """Report running out of memory while libraries load in one line, not a traceback."""
+    if issubclass(kind, (MemoryError, SystemError)):
+        sys.stderr.write('rmgradient: error: not enough memory\n')
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if IS_COMMAND:
+    sys.excepthook = report_lack_of_memory
+
 try:
     import imagecodecs
     import numpy as np
@@ -110,21 +112,97 @@ except Exception as error:
         raise
     sys.exit(f'rmgradient: error: {why_not_loaded(error)}')
 
-__version__ = '1.1.0'
-__all__ = ['BackgroundModel', 'Points', 'RmgradientError', 'choose_points', 'correct', 'find_misfits',
-           'find_sky', 'fit_background', 'fit_beside_reference', 'main', 'make_points', 'measure_levels',
-           'open_picture', 'remove_gradient']
+__version__ = '2.0.0'
+__all__ = ['BackgroundModel', 'Correction', 'Fit', 'Measured', 'Points', 'RmgradientError', 'Settings', 'choose_points',
+           'find_correction', 'find_misfits', 'fit_background', 'fit_beside_reference', 'main', 'make_points',
+           'measure_levels', 'open_picture', 'remove_gradient']
 logger = logging.getLogger('rmgradient')
 
-SIGMA = 8.0  # pixels; wide enough to average the noise, narrow enough to fit between stars
-ROWS = 100  # rows read, corrected and written together
-AUTO = 15  # cells along the longer side, from each of which a point is chosen
 N_WORKERS = min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 16)
-OUTPUTS = {'output': '', 'background': '', 'save_points': '.txt', 'preview': '.png'}  # endings in a folder
 SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 
 
-# ---- Errors --------------------------------------------------------------------------------------
+def one_blas_thread():
+    """Limit BLAS to one thread, as the command's environment does.
+
+    Our matrices are small, and we work in threads already: more of them would wait for each other, and use ten times
+    the processor time.
+    """
+    return contextlib.nullcontext() if IS_COMMAND else _blas().limit(limits=1, user_api='blas')
+
+
+@functools.lru_cache
+def _blas():
+    import threadpoolctl
+    return threadpoolctl.ThreadpoolController()
+
+
+def in_two_threads(work, arguments):
+    """Yield the results of work on each argument, in order."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        try:
+            results = pool.map(work, arguments)
+        except RuntimeError as error:  # no thread can be started, mostly for lack of memory
+            raise MemoryError from error
+        yield from results
+
+
+@contextlib.contextmanager
+def threads(progress):
+    """Give an `itertools.starmap` that works in threads on lists of arguments, and keeps their order."""
+    np.empty(min(N_WORKERS, 4) * 2**27, np.uint8)  # MemoryError now; later, threads would hang, and BLAS exit
+    pool = concurrent.futures.ThreadPoolExecutor(N_WORKERS)
+
+    def results(work, arguments):
+        pending = collections.deque()
+        for each in arguments:
+            try:
+                pending.append(pool.submit(work, *each))
+            except RuntimeError as error:  # no more threads
+                raise MemoryError from error
+            if len(pending) > 2 * N_WORKERS:  # more results that wait would take more memory
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    try:
+        yield lambda work, arguments: progress(results(work, arguments), len(arguments), work.__name__)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def ignore(*_):
+    """Do nothing about a signal; SIG_IGN would make Python complain of one that is under way."""
+
+
+def interrupt(signal_number, _):
+    """Raise SystemExit for the first signal, so that everything is cleaned up, and ignore further ones."""
+    for each in SIGNALS:
+        signal.signal(each, ignore)
+    sys.exit(128 + signal_number)
+
+
+@contextlib.contextmanager
+def signals_handled(handler):
+    """Handle the signals that end a program otherwise; only in the main thread, since others can't."""
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        old = {number: signal.signal(number, handler) for number in SIGNALS
+               if signal.getsignal(number) not in (signal.SIG_IGN, None)}  # ignored, or not Python's
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+# ---- Errors and settings -------------------------------------------------------------------------
+
+SIGMA = 8.0  # pixels; wide enough to average the noise, narrow enough to fit between stars
+ROWS = 100  # rows read, corrected and written together
+SKIES = 'gray', 'color', 'darkest'
+METHODS = 'subtract', 'stretch', 'divide'
+
 
 class RmgradientError(ValueError):
     """Something that the user can correct."""
@@ -139,21 +217,67 @@ class NamedError(RmgradientError):
 
 
 def printable(text):
-    """Return text in which what is not printable, as in the name of a file, is escaped."""
+    """Escape unprintable characters, as in file names."""
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
 
 
 @contextlib.contextmanager
 def about(name):
-    """Begin the message of our errors and the system's inside with a name, if it has none."""
+    """Prefix errors raised in the block with a file name, unless they have one; an empty name stands for none."""
     try:
         yield
     except NamedError:
         raise
-    except RmgradientError as error:
-        raise NamedError(f'{name}: {error}') from error
-    except OSError as error:
-        raise NamedError(f'{name}: {error.strerror or error}') from error
+    except (RmgradientError, OSError) as error:
+        if not name:
+            raise
+        raise NamedError(f'{name}: {getattr(error, "strerror", None) or error}') from error
+
+
+def in_words(values):
+    """Return numbers, one for each channel, as people write them."""
+    return ', '.join(f'{value:.0f}' if 1e4 <= abs(value) <= 1e12 else f'{value:.5g}' for value in values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that can be chosen about a correction. An option is added here, in `build_parser`, and in the step it is for.
+
+    Raises RmgradientError for values that no picture can have.
+    """
+
+    sigma: float = SIGMA  # blur at the points, pixels
+    smooth: float | str = 'auto'  # 'auto': the adaptive model; a number: the classic one, see `fit_background`
+    sky: str | float | Sequence[float] | None = None  # level that the sky gets, see `find_sky`
+    method: str = 'subtract'  # or 'stretch' or 'divide', see `Correction`
+    dither: bool = False  # whether noise of one count is added before integers are rounded
+    rows: int = ROWS  # worked on together; memory is proportional
+    auto: int | None = None  # cells along the longer side from which points are chosen; 0: a default; None: none are
+    compress: int = 0  # level of deflate of the files written; 0: none
+
+    def __post_init__(self):
+        if not (isinstance(self.sigma, numbers.Real) and 0.1 <= self.sigma <= 10000):
+            raise RmgradientError(f'a blur of sigma {self.sigma!r} is not a number of pixels from 0.1 to 10000')
+        if self.smooth != 'auto' and not (isinstance(self.smooth, numbers.Real) and 0 <= self.smooth < math.inf):
+            raise RmgradientError(f"smoothness {self.smooth!r} is neither a number from 0 on nor 'auto'")
+        if not (isinstance(self.rows, numbers.Integral) and self.rows > 0):
+            raise RmgradientError(f'rows are {self.rows!r}, not a whole number above 0')
+        if self.method not in METHODS:
+            raise RmgradientError(f'method {self.method!r} is none of {", ".join(METHODS)}')
+        if isinstance(self.sky, str) and self.sky in SKIES or self.sky is None:
+            return
+        try:
+            is_number = np.ndim(self.sky) < 2 and np.isfinite(np.asarray(self.sky, float)).all() and np.size(self.sky)
+        except (TypeError, ValueError):
+            is_number = False
+        if isinstance(self.sky, str) or not is_number:
+            raise RmgradientError(f'the level of the sky, {self.sky!r}, is neither a number, nor one for each channel, '
+                                  f'nor one of {", ".join(SKIES)}')
+
+    @property
+    def is_classic(self):
+        """Whether the result is that of the rmgradient of 2019: borders without data are not known, and black is 0."""
+        return self.smooth != 'auto' and (self.sky is None or isinstance(self.sky, str) and self.sky == 'darkest')
 
 
 # ---- Points --------------------------------------------------------------------------------------
@@ -167,47 +291,47 @@ class Points(NamedTuple):
 
     x: np.ndarray  # (n_points,) int: column; the top left pixel is (0, 0)
     y: np.ndarray  # (n_points,) int: row
-    leader: np.ndarray  # (n_points,) int: index of whose level each takes, its own or its isoline's first
+    leader: np.ndarray  # (n_points,) int: index of the point whose level it takes: itself, or the first of its isoline
     sources: tuple = ()  # where each was read, for messages; empty if that is not known
 
     @property
-    def on_isoline(self):
+    def on_isoline(self) -> np.ndarray:
         """(n_points,) bool ndarray: True where the level is that of another point."""
         return self.leader != np.arange(len(self.leader))
 
     @property
-    def centers(self):
+    def centers(self) -> np.ndarray:
         """(n_points, 2) float64 ndarray: the places x, y."""
         return np.stack([self.x, self.y], axis=1).astype(float)
 
     @property
-    def pairs(self):
+    def pairs(self) -> np.ndarray:
         """(n_points, 2) float64 ndarray: the places, negative (-0.0, too) on isolines."""
         return np.copysign(self.centers, np.where(self.on_isoline, -1.0, 1.0)[:, None])
 
-    def subset(self, kept):
+    def subset(self, kept: np.ndarray) -> Points:
         """Return some of the points, (n_points,) bool; the first kept of an isoline becomes its leader."""
         _, first, group = np.unique(self.leader[kept], return_index=True, return_inverse=True)
         return Points(self.x[kept], self.y[kept], first[group], tuple(itertools.compress(self.sources, kept)))
 
-    def describe(self, indices):
+    def describe(self, indices: Sequence[int]) -> str:
         """Return some of the points in words: the first five, and how many more."""
         sources = [source and f' in {source}' for source in self.sources] or [''] * len(self.x)
-        some = ', '.join(f'({self.x[i]}, {self.y[i]}){sources[i]}' for i in indices[:5])
+        places = ', '.join(f'({self.x[i]}, {self.y[i]}){sources[i]}' for i in indices[:5])
         more = f' and {len(indices) - 5} more' if len(indices) > 5 else ''
-        return f'{"points" if len(indices) > 1 else "point"} {some}{more}'
+        return f'{"points" if len(indices) > 1 else "point"} {places}{more}'
 
 
 def parse_coordinates(words):
-    """Return the (n_points, 2) pairs that words hold; decimals are rounded, and -0 keeps its sign."""
-    found = []
+    """Return the (n_points, 2) pairs in words; decimals are rounded, and -0 keeps its sign."""
+    values = []
     for word in re.split(SEPARATORS, ' '.join(words).strip(' ,;()[]{}')):
         if not re.fullmatch(r'[+-]?[0-9]{1,9}(\.[0-9]*)?', word, re.ASCII):
             raise RmgradientError(f'coordinate {word[:40]!r} is not a number of pixels')
-        found.append(math.copysign(round(abs(float(word))), -1 if word[0] == '-' else 1))
-    if len(found) % 2:
-        raise RmgradientError(f'coordinates are not all pairs: the last one, {found[-1]:.0f}, has no partner')
-    return np.array(found).reshape(-1, 2)
+        values.append(math.copysign(round(abs(float(word))), -1 if word[0] == '-' else 1))
+    if len(values) % 2:
+        raise RmgradientError(f'coordinates are not all pairs: the last one, {values[-1]:.0f}, has no partner')
+    return np.array(values).reshape(-1, 2)
 
 
 def split_words(line):
@@ -222,37 +346,37 @@ def count_numbers(line):
 
 
 def parse_points_file(lines):
-    """Return the pairs that lines hold, and the number of the line of each.
+    """Return the pairs in lines of a points file, and the number of the line of each.
 
     A pair a line, or in all lines a single number. What stands behind a pair or a # is a comment.
     """
-    found = [(i, split_words(line)[:2]) for i, line in enumerate(lines, 1)]
-    found = [(i, words) for i, words in found if words[0]]
-    if all(len(words) == 1 for _, words in found):
-        found = [(i, [*x, *y]) for (i, x), (_, y) in itertools.zip_longest(
-            found[::2], found[1::2], fillvalue=(0, []))]
+    numbered = [(i, split_words(line)[:2]) for i, line in enumerate(lines, 1)]
+    numbered = [(i, words) for i, words in numbered if words[0]]
+    if all(len(words) == 1 for _, words in numbered):
+        numbered = [(i, [*x, *y]) for (i, x), (_, y) in itertools.zip_longest(
+            numbered[::2], numbered[1::2], fillvalue=(0, []))]
     pairs = []
-    for i, words in found:
+    for i, words in numbered:
         try:
             pairs.extend(parse_coordinates(words))
         except RmgradientError as error:
             raise RmgradientError(f'line {i}: {error}') from error
-    return np.array(pairs).reshape(-1, 2), [i for i, _ in found]
+    return np.array(pairs).reshape(-1, 2), [i for i, _ in numbered]
 
 
-def format_points(points):
-    """Return lines that `parse_points_file` reads."""
+def format_points_file(points):
+    """Return lines of a points file, which `parse_points_file` reads."""
     return [f'{x:.0f} {abs(y):.0f}' for x, y in points.pairs]
 
 
-def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) -> Points:
+def make_points(pairs: ArrayLike, sources: Sequence[str] = (), least: int = 3) -> Points:
     """Sort out which points are measured and which are on an isoline.
 
     Parameters
     ----------
     pairs : (n_points, 2) array_like
-        Coordinates x, y in pixels. A sign bit on either (-0.0 counts) puts the point on the isoline of the
-        last point without one.
+        Coordinates x, y in pixels; decimals are rounded. A sign bit on either (-0.0, too) puts the point on
+        the isoline of the last point without one.
     sources : sequence of str
         Where each was read, for messages.
     least : int
@@ -261,7 +385,7 @@ def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) 
     Raises
     ------
     RmgradientError
-        For anything but whole numbers, an isoline without a first point, a place given twice, too few
+        For anything but numbers, an isoline without a first point, a place given twice, too few
         places, or more than `MOST_POINTS`.
     """
     try:
@@ -275,8 +399,8 @@ def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) 
     if len(pairs) > MOST_POINTS:
         raise RmgradientError(f'{len(pairs)} points are too many, they would take minutes and gigabytes; '
                               f'give at most {MOST_POINTS}')
-    if not (np.abs(pairs) < 2**31).all() or (pairs % 1).any():
-        raise RmgradientError('points are not all whole numbers of pixels')
+    if not (np.abs(pairs) < 2**31).all():
+        raise RmgradientError('points are not all numbers of pixels')
     if np.signbit(pairs[0]).any():
         raise RmgradientError('the first point has a minus sign: an isoline begins with a point without one')
     points, seen = unchecked_points(pairs, sources), {}
@@ -291,18 +415,18 @@ def make_points(pairs: np.ndarray, sources: Sequence[str] = (), least: int = 3) 
 
 def unchecked_points(pairs, sources=()):
     """Return the Points of pairs, see `make_points`, whether or not they can be used."""
-    pairs = np.asarray(pairs, float)
+    pairs = np.asarray(pairs, float).reshape(-1, 2)
     on_isoline = np.signbit(pairs).any(axis=1)
     leader = np.maximum.accumulate(np.where(on_isoline, 0, np.arange(len(pairs))))
-    return Points(*np.abs(pairs).astype(int).T, leader, tuple(sources))
+    return Points(*np.rint(np.abs(pairs)).astype(int).T, leader, tuple(sources))
 
 
 def remove_pair(pairs, i):
     """Return pairs without one; the next on its isoline takes its place as the one that is measured."""
-    rest = np.delete(pairs, i, axis=0)
-    if i < len(rest) and not np.signbit(pairs[i]).any():
-        rest[i] = np.abs(rest[i])
-    return rest
+    others = np.delete(pairs, i, axis=0)
+    if i < len(others) and not np.signbit(pairs[i]).any():
+        others[i] = np.abs(others[i])
+    return others
 
 
 def check_points(points, height, width, radius):
@@ -323,84 +447,93 @@ def check_points(points, height, width, radius):
                               f'use a smaller sigma or move {them}')
 
 
-# ---- Levels --------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 
-def blur_kernel(sigma):
-    """Return the (2 * radius + 1,) weights, of sum 1, of a Gaussian cut off at radius = ceil(3 sigma)."""
-    if not (isinstance(sigma, numbers.Real) and 0.1 <= sigma <= 10000):
-        raise RmgradientError(f'a blur of sigma {sigma} pixels is not from 0.1 to 10000')
-    radius = math.ceil(3 * sigma)
-    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    return kernel / kernel.sum()
+class Picture:
+    """Pixels of which any rows can be read: an array, or an open file, for which each format fills this in.
 
-
-def measure_levels(image: np.ndarray | Picture, points: Points,
-                   sigma: float = SIGMA) -> tuple[np.ndarray, np.ndarray]:
-    """Measure the blurred value of each channel at each point.
-
-    Parameters
-    ----------
-    image : (height, width, n_channels) or (height, width) ndarray, or a Picture
-        Only the windows around the points are read, from top to bottom.
-    points : Points
-    sigma : float
-        Standard deviation of the Gaussian blur in pixels; see `blur_kernel`.
-
-    Returns
-    -------
-    levels, noise : (n_points, n_channels) float64 ndarrays
-        The values that blurring the whole image would give there, and their standard errors as the scatter of
-        the pixels tells, in data units; on an isoline, those of its leader.
-
-    Raises
-    ------
-    RmgradientError
-        If a point is outside, or a measured one is so close to the border, or to pixels that are not finite
-        or without data (see `no_data`), that the blur reaches there.
+    `picture[top:bottom, left:right]` is an array of the color channels. `read` gives extra samples (alpha), too; it may
+    be called from several threads.
     """
-    image = with_channels(image)
-    height, width, n_channels = image.shape
-    kernel = blur_kernel(sigma)
-    radius = len(kernel) // 2
-    check_points(points, height, width, radius)
-    levels, noise = np.empty((2, len(points.x), n_channels))
-    order = np.lexsort([points.x, points.y])
-    for i in order[~points.on_isoline[order]]:
-        x, y = points.x[i], points.y[i]
-        levels[i], noise[i], has_empty = _blur(image, y - radius, x - radius, kernel)
-        reason = '' if np.isfinite(levels[i]).all() else 'NaN or infinite pixels'
-        if has_empty and any(no_data(image[row:row + 1, 0:width])[0, x - radius:x + radius + 1].any()
-                             for row in range(y - radius, y + radius + 1)):
-            reason = 'pixels without data'
-        if reason:
-            raise RmgradientError(f'{points.describe([i])} has {reason} within {radius} pixels; '
-                                  'move it or use a smaller sigma')
-    largest = np.abs(levels[points.leader]).max()
-    if largest and not 1e-140 < largest < 1e140:  # squares of others are no numbers
-        raise RmgradientError(f'levels up to {largest:.3g} are not from 1e-140 to 1e140; '
-                              'multiply the picture by a power of ten')
-    return levels[points.leader], noise[points.leader]
+
+    path = ''  # of the file, for messages; empty for arrays
+    shape: tuple[int, int, int]  # height, width and number of color channels
+    n_samples: int  # color channels plus extra samples
+    dtype: np.dtype  # in native byte order
+    blank: int | None = None  # value of integers that stands for no data; windows have NaN there, `read` the value
+    alpha: int | None = None  # index of the sample that is 0 where a pixel is transparent
+    bottom_up = False  # whether the first row is at the bottom
+    starmap: Callable = staticmethod(itertools.starmap)  # works on groups of rows: `threads` gives a faster one
+
+    def read(self, start: int, stop: int, left: int = 0, right: int | None = None) -> np.ndarray:
+        """Return rows start to stop - 1 as a new (n_rows, n_columns, n_samples) ndarray in native byte order."""
+        raise NotImplementedError
+
+    def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = window
+        color = self.read(rows.start, rows.stop, columns.start, columns.stop)[..., :self.shape[2]]
+        return color if self.blank is None else np.where(color == self.blank, np.nan, color)
+
+    def transparent(self, start, stop):
+        """Return where rows start to stop - 1 have an alpha of 0, (n_rows, width) bool."""
+        if self.alpha is None:
+            return np.zeros((stop - start, self.shape[1]), bool)
+        return self.read(start, stop)[..., self.alpha] == 0
+
+    def each_strip(self, work, rows=ROWS):
+        """Yield work(start, stop) for each group of rows, in order."""
+        return self.starmap(work, row_groups(self.shape[0], rows))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Close the file, if there is one."""
 
 
-@np.errstate(invalid='ignore', over='ignore')  # inf - inf gives NaN
-def _blur(image, top, left, kernel):
-    """Return the weighted mean of a window, its standard error, and whether it has empty pixels."""
-    squares = kernel**2
-    # A Gaussian separates. Sums of rows: of the values, and with squared weights of them and their squares.
-    sums, has_empty = np.zeros((3, len(kernel), image.shape[2])), False
-    for start, stop in row_groups(len(kernel)):
-        window = image[top + start:top + stop, left:left + len(kernel)]
-        has_empty |= is_empty(window).any()
-        window = window.astype(float)
-        sums[:, start:stop] = kernel @ window, squares @ window, squares @ window**2
-    level = kernel @ sums[0]
-    first, second = squares @ sums[1:]
-    variance = second - 2 * level * first + level**2 * squares.sum() ** 2
-    return level, np.sqrt(np.maximum(variance, 0)), has_empty
+class ArrayPicture(Picture):
+    """A (height, width) or (height, width, n_channels) array; all channels are colors."""
+
+    def __init__(self, array):
+        self._array = array if array.ndim == 3 else array[..., None]
+        self.shape, self.n_samples = self._array.shape, self._array.shape[2]
+        self.dtype = array.dtype.newbyteorder('=')
+
+    def read(self, start, stop, left=0, right=None):
+        return np.array(self._array[start:stop, left:right], self.dtype)
+
+
+def as_picture(image: ArrayLike | Picture) -> Picture:
+    """Return a picture or an array as a Picture.
+
+    Raises RmgradientError for what is neither, or would lose a mask or a unit.
+    """
+    if isinstance(image, Picture):
+        return image
+    ways = {'mask': 'image.filled(np.nan), or the data of a CCDData', 'unit': 'the values alone'}
+    for name, way in ways.items():
+        if getattr(image, name, None) is not None:
+            raise RmgradientError(f'an image with a {name} would lose it; pass {way}')
+    array = np.asarray(image)
+    if array.dtype.kind not in 'uif' or array.ndim not in (2, 3) or not array.size:
+        raise RmgradientError(f'an array of {array.dtype} of shape {array.shape} is not a picture; '
+                              'open_picture opens a file')
+    if array.ndim == 3 and array.shape[0] <= 4 < array.shape[2]:
+        raise RmgradientError(f'an array of shape {array.shape} has its channels first; '
+                              'pass np.moveaxis(image, 0, -1)')
+    return ArrayPicture(array)
+
+
+def row_groups(height, rows=ROWS):
+    """Return (start, stop) of each group of rows."""
+    return [(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
 def no_data(rows):
-    """Tell where rows, (n_rows, width, n_channels), have no data, as beside the frame of a registered stack.
+    """Find pixels of rows, (n_rows, width, n_channels), without data, as beside the frame of a registered stack.
 
     Those pixels, (n_rows, width) bool, are 0 or not finite in all channels, and so are all others from there
     to the left or the right border: the frame is convex, so that zeros inside of it are data.
@@ -408,25 +541,110 @@ def no_data(rows):
     empty = np.zeros(rows.shape[:2], bool)
     reaches = is_empty(rows[:, [0, -1]]).any(axis=1)
     if reaches.any():
-        some = is_empty(rows[reaches])
-        right = np.logical_and.accumulate(some[:, ::-1], axis=1)[:, ::-1]
-        empty[reaches] = np.logical_and.accumulate(some, axis=1) | right
+        at_borders = is_empty(rows[reaches])
+        right = np.logical_and.accumulate(at_borders[:, ::-1], axis=1)[:, ::-1]
+        empty[reaches] = np.logical_and.accumulate(at_borders, axis=1) | right
     return empty
 
 
 def is_empty(rows):
-    """Tell where pixels are 0 or not finite in all channels."""
+    """Return where pixels are 0 or not finite in all channels."""
     return (rows == 0 if rows.dtype.kind in 'ui' else (rows == 0) | ~np.isfinite(rows)).all(axis=2)
 
 
-def with_channels(image):
-    """Return a gray (height, width) array as (height, width, 1), and anything else as it is."""
-    return image[..., None] if len(image.shape) == 2 else image
+# ---- Levels --------------------------------------------------------------------------------------
+
+class Chosen(NamedTuple):
+    """How points were chosen automatically."""
+
+    n_given: int  # certain points, which come first
+    n_places: int  # quiet places to choose from
+    agree: bool  # whether these agree on one smooth surface
 
 
-def row_groups(height, rows=ROWS):
-    """Return (start, stop) of each group of rows."""
-    return [(start, min(start + rows, height)) for start in range(0, height, rows)]
+class Measured(NamedTuple):
+    """What was measured at points."""
+
+    points: Points
+    levels: np.ndarray  # (n_points, n_channels), data units; on an isoline those of its leader
+    noise: np.ndarray  # (n_points, n_channels): standard errors of the levels
+    chosen: Chosen | None = None  # None for points that were all given
+
+    def subset(self, kept):
+        """Return what was measured at some of the points, (n_points,) bool."""
+        return self._replace(points=self.points.subset(kept), levels=self.levels[kept], noise=self.noise[kept])
+
+
+def blur_kernel(sigma):
+    """Return the (2 * radius + 1,) weights, of sum 1, of a Gaussian cut off at radius = ceil(3 sigma)."""
+    radius = math.ceil(3 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    return kernel / kernel.sum()
+
+
+def measure_levels(image: ArrayLike | Picture, points: Points, sigma: float = SIGMA) -> Measured:
+    """Measure the blurred value of each channel at each point.
+
+    Parameters
+    ----------
+    image : (height, width, n_channels) or (height, width) array_like, or a Picture
+        Only the windows around the points are read, from top to bottom.
+    points : Points
+    sigma : float
+        Standard deviation of the Gaussian blur in pixels; see `blur_kernel`.
+
+    Returns
+    -------
+    Measured
+        The values that blurring the whole image would give there, and their standard errors as the scatter of
+        the pixels tells.
+
+    Raises
+    ------
+    RmgradientError
+        If a point is outside, or a measured one is so close to the border, or to pixels that are not finite
+        or without data (see `no_data`), that the blur reaches there.
+    """
+    picture, sigma = as_picture(image), Settings(sigma=sigma).sigma
+    height, width, n_channels = picture.shape
+    kernel = blur_kernel(sigma)
+    radius = len(kernel) // 2
+    check_points(points, height, width, radius)
+    levels, noise = np.empty((2, len(points.x), n_channels))
+    order = np.lexsort([points.x, points.y])
+    for i in order[~points.on_isoline[order]]:
+        x, y = points.x[i], points.y[i]
+        levels[i], noise[i], has_empty = _blur(picture, y - radius, x - radius, kernel)
+        reason = '' if np.isfinite(levels[i]).all() else 'NaN or infinite pixels'
+        if has_empty and any(no_data(picture[row:row + 1, 0:width])[0, x - radius:x + radius + 1].any()
+                             for row in range(y - radius, y + radius + 1)):
+            reason = 'pixels without data'
+        if reason:
+            raise RmgradientError(f'{points.describe([i])} has {reason} within {radius} pixels; '
+                                  'move it or use a smaller sigma')
+    levels, noise = levels[points.leader], noise[points.leader]
+    largest = np.abs(levels).max()
+    if largest and not 1e-140 < largest < 1e140:  # squares of others are no numbers
+        raise RmgradientError(f'levels up to {largest:.3g} are not from 1e-140 to 1e140; '
+                              'multiply the picture by a power of ten')
+    return Measured(points, levels, noise)
+
+
+@np.errstate(invalid='ignore', over='ignore')  # inf - inf gives NaN
+def _blur(picture, top, left, kernel):
+    """Return the weighted mean of a window, its standard error, and whether it has empty pixels."""
+    squares = kernel**2
+    # A Gaussian separates. Sums of rows: of the values, and with squared weights of them and their squares.
+    sums, has_empty = np.zeros((3, len(kernel), picture.shape[2])), False
+    for start, stop in row_groups(len(kernel)):
+        window = picture[top + start:top + stop, left:left + len(kernel)]
+        has_empty |= is_empty(window).any()
+        window = window.astype(float)
+        sums[:, start:stop] = kernel @ window, squares @ window, squares @ window**2
+    level = kernel @ sums[0]
+    first, second = squares @ sums[1:]
+    variance = second - 2 * level * first + level**2 * squares.sum() ** 2
+    return level, np.sqrt(np.maximum(variance, 0)), has_empty
 
 
 # ---- Choice of the model -------------------------------------------------------------------------
@@ -477,38 +695,13 @@ def without_trend(values, terms):
     return values - terms @ (terms.T @ values)
 
 
-def one_blas_thread():
-    """Hold products and decompositions of matrices to a thread each, as the command's environment does.
-
-    Ours are small, and work in threads of our own already: more of them would wait for each other, and use
-    ten times the processor time.
-    """
-    return contextlib.nullcontext() if IS_COMMAND else _blas().limit(limits=1, user_api='blas')
-
-
-@functools.lru_cache
-def _blas():
-    import threadpoolctl
-    return threadpoolctl.ThreadpoolController()
-
-
-def in_two_threads(work, arguments):
-    """Yield the results of work on each argument, in order."""
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        try:
-            results = pool.map(work, arguments)
-        except RuntimeError as error:  # no thread can be started, mostly for lack of memory
-            raise MemoryError from error
-        yield from results
-
-
-class Choice(NamedTuple):
-    """The adaptive model as it was chosen and solved, and how well it predicts each point from the others."""
+class AdaptiveModel(NamedTuple):
+    """A trend and a multiquadric as chosen and solved, and how well they predict each point from the others."""
 
     trend: str  # 'mean' or 'plane'
     epsilon: float  # shape of the multiquadric, in pixels
     smooth: float  # scipy's smoothness
-    plane: np.ndarray | None  # (3, n_channels): coefficients 1, x and y of the trend; None after `leave_out`
+    plane: np.ndarray | None  # (3, n_channels): coefficients 1, x and y of the trend; None after `without_points`
     weights: np.ndarray  # (n_points, n_channels): of the multiquadric, data units
     precision: np.ndarray  # (n_points, n_points): inverse of -kernel + smooth at right angles to the trend
     leader: np.ndarray  # (n_points,): equal for points that share a level
@@ -516,11 +709,28 @@ class Choice(NamedTuple):
     standardized: np.ndarray  # in units of the standard deviation that the model expects
 
 
+class _Trend(NamedTuple):
+    """A trend, and what it leaves of the levels."""
+
+    name: str
+    terms: np.ndarray  # (n_points, n_terms), orthonormal
+    residuals: np.ndarray  # (n_points, n_channels); those below rounding error count as zero
+    is_rough: np.ndarray  # (n_channels,): has residuals
+
+
+class _Spectrum(NamedTuple):
+    """The multiquadric of a shape between points, decomposed at right angles to the constant."""
+
+    epsilon: float
+    eigenvalues: np.ndarray  # (n_points - 1,), of -kernel
+    vectors: np.ndarray  # (n_points, n_points - 1)
+
+
 def choose_model(centers, levels, leader):
-    """Choose trend, shape and smoothness that predict levels best where there are none, and solve the model.
+    """Choose the trend, shape and smoothness that predict levels best where there are none, and solve the model.
 
     Takes (n_points, 2) centers, (n_points, n_channels) levels and the leader of each, equal for points that
-    share a level; returns one Choice for all channels, so that colors stay together.
+    share a level; returns one AdaptiveModel for all channels, so that colors stay together.
 
     With trend P and kernel matrix A of the multiquadric, weights w and trend b solve `(A - smooth) w + P b =
     levels` under `P' w = 0`: the trend takes all it can, and what is left to the multiquadric is a well-posed
@@ -530,8 +740,8 @@ def choose_model(centers, levels, leader):
     The same equations are those of kriging: a random field of covariance -A about the trend, seen through
     noise of variance `smooth`. Shape and smoothness are those that make the levels most likely, whatever
     the trend is (restricted maximum likelihood; Wahba 1990, Spline Models for Observational Data, section
-    4.8). With a dozen noisy points this is a steadier judge than leave-one-out errors, which now and then
-    praise a bold surface by luck. Likelihoods of different trends don't compare, so the trend is chosen by
+    4.8). With a dozen noisy points this is steadier than leave-one-out errors, which sometimes prefer a bold
+    surface by chance. Likelihoods of different trends cannot be compared, so the trend is chosen by
     leave-one-out errors (`left_out_errors`).
     """
     rounding = 1e-10 * np.abs(levels).max(axis=0)
@@ -539,11 +749,11 @@ def choose_model(centers, levels, leader):
     # Three places can't judge a plane: it goes through all of them, without an error, and is chosen.
     with one_blas_thread():
         return min(_likeliest_of_each_trend(centers, levels, leader, rounding),
-                   key=lambda choice: ((choice.errors / scale) ** 2).mean())
+                   key=lambda model: ((model.errors / scale) ** 2).mean())
 
 
 def _likeliest_of_each_trend(centers, levels, leader, rounding):
-    """Return a Choice for each trend; residuals no larger than the rounding of their channel are none.
+    """Return an AdaptiveModel for each trend; residuals below the rounding error of a channel count as zero.
 
     In the eigenvectors of -A at right angles to the mean, every smoothness and every trend cost a few sums:
     one decomposition a shape serves them all.
@@ -556,80 +766,86 @@ def _likeliest_of_each_trend(centers, levels, leader, rounding):
     for name in ('mean', 'plane'):
         terms = trend_terms(centers, centers, name)
         residuals = without_trend(levels, terms)
-        rough = (np.abs(residuals) > rounding).any(axis=0)
-        trends.append((name, terms, residuals * rough, rough))
+        is_rough = (np.abs(residuals) > rounding).any(axis=0)
+        trends.append(_Trend(name, terms, residuals * is_rough, is_rough))
 
     def judge(epsilon):
-        """Return a shape, its eigenvalues and eigenvectors, and `_likeliest` of each trend."""
-        eigenvalues, vectors = _across_mean(multiquadric(distances, epsilon))
-        found = [rough.any() and _likeliest(eigenvalues, vectors, smoothness, terms, residuals[:, rough])
-                 for _, terms, residuals, rough in trends]
-        return epsilon, eigenvalues, vectors, found
+        """Return a spectrum, and for each trend how unlikely it makes the levels, and its smoothness."""
+        spectrum = _decompose(multiquadric(distances, epsilon), epsilon)
+        return spectrum, [_likeliest(spectrum, smoothness, trend) for trend in trends]
 
-    best = [None, None]
-    if any(rough.any() for *_, rough in trends):
-        for epsilon, eigenvalues, vectors, found in in_two_threads(judge, SHAPES * spacing):
-            for i, likeliest in enumerate(found):
-                if likeliest and (not best[i] or likeliest < best[i][0]):
-                    best[i] = likeliest, epsilon, eigenvalues, vectors
-    return [_solve(centers, levels, leader, distances, spacing, *trend, found)
-            for trend, found in zip(trends, best)]
+    # Without residuals every shape and smoothness is the same.
+    nothing = _Spectrum(spacing, np.zeros(len(centers) - 1), np.zeros((len(centers), len(centers) - 1)))
+    best = [(math.inf, 1.0, nothing) for _ in trends]
+    if any(trend.is_rough.any() for trend in trends):
+        for spectrum, judged in in_two_threads(judge, SHAPES * spacing):
+            best = [min(so_far, (*each, spectrum), key=lambda one: one[0]) for so_far, each in zip(best, judged)]
+    return [_solve((centers, levels, leader), trend, *choice) for trend, (_, *choice) in zip(trends, best)]
 
 
-def _across_mean(kernel):
-    """Return the n_points - 1 eigenvalues and eigenvectors of -kernel at right angles to the constant."""
+def _decompose(kernel, epsilon):
+    """Return the _Spectrum of a (n_points, n_points) kernel of some shape."""
     means = kernel.mean(axis=0)
     # The constant itself gets an eigenvalue above all others, to be cut off.
     matrix = means[:, None] + means - kernel
     matrix += 2 * means.max() - means.mean()
     eigenvalues, vectors = np.linalg.eigh(matrix)
-    return np.maximum(eigenvalues[:-1], 0), vectors[:, :-1]
+    return _Spectrum(float(epsilon), np.maximum(eigenvalues[:-1], 0), vectors[:, :-1])
 
 
-def _likeliest(eigenvalues, vectors, smoothness, terms, residuals):
-    """Return how unlikely the residuals are with the best smoothness, and that smoothness.
+def _likeliest(spectrum, smoothness, trend):
+    """Return how unlikely the residuals of a trend are with the best smoothness, and that smoothness.
 
     Generalized least squares takes out the trend's terms beside the mean: with variance v along the
     eigenvectors, X the terms and r the residuals there, H = X' X / v and b = X' r / v, the misfit r' r / v
     loses b' H^-1 b, and the determinant of v gains that of H.
     """
-    variance = eigenvalues + smoothness[:, None]
-    along, beside = vectors.T @ residuals, vectors.T @ terms[:, 1:]
-    h, b = (np.einsum('sk,ki,kj->sij', 1 / variance, beside, a, optimize=True) for a in (beside, along))
-    misfit = (1 / variance) @ along**2 - (b * np.linalg.solve(h, b)).sum(axis=1)
+    if not trend.is_rough.any():
+        return math.inf, 1.0
+    variance = spectrum.eigenvalues + smoothness[:, None]
+    residuals = trend.residuals[:, trend.is_rough]
+    r, x = spectrum.vectors.T @ residuals, spectrum.vectors.T @ trend.terms[:, 1:]
+    h, b = (np.einsum('sk,ki,kj->sij', 1 / variance, x, a, optimize=True) for a in (x, r))
+    misfit = (1 / variance) @ r**2 - (b * np.linalg.solve(h, b)).sum(axis=1)
     unlikely = np.log(variance).sum(axis=1) + np.linalg.slogdet(h)[1]
-    unlikely = residuals.shape[1] * unlikely + (len(terms) - terms.shape[1]) * np.log(misfit).sum(axis=1)
+    n_free = len(trend.terms) - trend.terms.shape[1]
+    unlikely = residuals.shape[1] * unlikely + n_free * np.log(misfit).sum(axis=1)
     unlikely = np.round(unlikely, 9)  # four points and a plane say nothing about either: the first of equals
     i = unlikely.argmin()
     return unlikely[i], smoothness[i]
 
 
-def _solve(centers, levels, leader, distances, spacing, trend, terms, residuals, rough, likeliest):
-    """Return the Choice of a trend with its likeliest shape and smoothness, None if the trend says it all."""
-    if likeliest:
-        (_, smooth), epsilon, eigenvalues, vectors = likeliest
-        precision = (vectors / (eigenvalues + smooth)) @ vectors.T
+def _solve(problem, trend, smooth, spectrum):
+    """Return the AdaptiveModel of a trend with a smoothness and the _Spectrum of a shape.
+
+    The problem is centers, levels and leader as in `choose_model`.
+    """
+    centers, levels, leader = problem
+    terms, residuals = trend.terms, trend.residuals
+    if trend.is_rough.any():
+        precision = (spectrum.vectors / (spectrum.eigenvalues + smooth)) @ spectrum.vectors.T
         along = precision @ terms[:, 1:]
         precision -= along @ np.linalg.solve(terms[:, 1:].T @ along, along.T)
     else:
-        epsilon, smooth, precision = spacing, 1.0, np.eye(len(centers))
-    kernel, weights = multiquadric(distances, epsilon), np.zeros_like(levels)
+        precision = np.eye(len(centers))
+    kernel = multiquadric(distances_between(centers, centers), spectrum.epsilon)
+    weights = np.zeros_like(levels)
     for _ in range(2):  # the second time refines what rounding left of the residuals
         weights = without_trend(weights - precision @ residuals, terms)
         trend_levels = levels - (kernel @ weights - smooth * weights)
-        residuals = without_trend(trend_levels, terms) * rough
+        residuals = without_trend(trend_levels, terms) * trend.is_rough
     middle, slope = centers.mean(axis=0), np.zeros((2, levels.shape[1]))
-    if trend == 'plane':
+    if trend.name == 'plane':
         slope = np.linalg.pinv(centers - middle, rcond=0.01) @ trend_levels
     plane = np.vstack([trend_levels.mean(axis=0) - middle @ slope, slope])
-    return Choice(trend, float(epsilon), float(smooth), plane, weights, precision, leader,
-                  *left_out_errors(weights, precision, leader))
+    return AdaptiveModel(trend.name, float(spectrum.epsilon), float(smooth), plane, weights, precision, leader,
+                         *left_out_errors(weights, precision, leader))
 
 
 def left_out_errors(weights, precision, leader):
     """Return level minus prediction from the points with other levels, in data units and standardized.
 
-    Arguments as in `Choice`; both (n_points, n_channels), the latter in units of the standard deviation
+    Arguments as in `AdaptiveModel`; both (n_points, n_channels), the latter in units of the standard deviation
     that the model expects, up to a common factor. With precision G, the errors of points i left out
     together are `-G_ii^-1 w_i`: no model needs to be fitted anew (Rippa 1999, Advances in Computational
     Mathematics 11, 193, for single points).
@@ -648,18 +864,18 @@ def left_out_errors(weights, precision, leader):
     return errors, errors / np.sqrt(np.where(variance > 0, variance, 1))
 
 
-def leave_out(choice, out):
-    """Return a Choice without some points, (n_points,) bool: trend, shape and smoothness stay."""
+def without_points(model, out):
+    """Return an AdaptiveModel without some points, (n_points,) bool: trend, shape and smoothness stay."""
     # Schur's complement costs less than to solve the equations anew.
-    corner = choice.precision[np.ix_(~out, out)]
-    share = corner @ np.linalg.pinv(choice.precision[np.ix_(out, out)], hermitian=True)
-    weights, leader = choice.weights[~out] - share @ choice.weights[out], choice.leader[~out]
-    precision = choice.precision[np.ix_(~out, ~out)] - share @ corner.T
-    return Choice(choice.trend, choice.epsilon, choice.smooth, None, weights, precision, leader,
+    corner = model.precision[np.ix_(~out, out)]
+    share = corner @ np.linalg.pinv(model.precision[np.ix_(out, out)], hermitian=True)
+    weights, leader = model.weights[~out] - share @ model.weights[out], model.leader[~out]
+    precision = model.precision[np.ix_(~out, ~out)] - share @ corner.T
+    return AdaptiveModel(model.trend, model.epsilon, model.smooth, None, weights, precision, leader,
                   *left_out_errors(weights, precision, leader))
 
 
-# ---- Model ---------------------------------------------------------------------------------------
+# ---- Model and fit ---------------------------------------------------------------------------------------
 
 BLOCK = 2**17  # float64 values at a time: fewer make threads wait for the interpreter, more leave the cache
 
@@ -671,18 +887,17 @@ class BackgroundModel(NamedTuple):
     weights: np.ndarray  # (n_points, n_channels), in data units
     epsilon: float  # shape of the multiquadric, in pixels
     plane: np.ndarray  # (3, n_channels): coefficients of 1, x and y
-    choice: Choice | None = None  # how the adaptive model was chosen; None for the classic one
 
     @property
-    def n_channels(self):
+    def n_channels(self) -> int:
         """How many channels it has."""
         return self.plane.shape[1]
 
-    def above(self, sky):
+    def above(self, sky: np.ndarray) -> BackgroundModel:
         """Return the model less the (n_channels,) level of the sky: what is subtracted."""
         return self._replace(plane=self.plane - [sky, 0 * sky, 0 * sky])
 
-    def shrunk(self, factor):
+    def shrunk(self, factor: int) -> BackgroundModel:
         """Return the model in pixels that are factor times as large."""
         middle = (factor - 1) / 2  # of the pixels that become one
         constant, *slope = self.plane
@@ -690,7 +905,7 @@ class BackgroundModel(NamedTuple):
         centers = (self.centers - middle) / factor
         return self._replace(centers=centers, epsilon=self.epsilon / factor, plane=plane)
 
-    def blocks(self, start, stop, width):
+    def blocks(self, start: int, stop: int, width: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
         """Yield slices of rows, counted from start, and of columns, and the background there.
 
         The surface is evaluated at Chebyshev nodes (see `chebyshev_panels`) and expanded to pixels by two
@@ -705,16 +920,7 @@ class BackgroundModel(NamedTuple):
                 background = y_matrix @ along_x[:, columns].reshape(len(along_x), -1)
                 yield slice(top, top + n_rows), columns, background.reshape(n_rows, -1, self.n_channels)
 
-    def lower_bound(self, start, stop, width):
-        """Return (n_channels,) values that no pixel of rows is below, for a tenth of the work of `blocks`."""
-        # Weights of sum 1 and absolute sum L take values in a ... b to (a + b) / 2 - L (b - a) / 2 or more.
-        bounds = []
-        for _, y_matrix, along_x in self._panels(start, stop, width):
-            a, b = along_x.min(axis=0), along_x.max(axis=0)
-            bounds.append(((a + b) / 2 - np.abs(y_matrix).sum(axis=1).max() * (b - a) / 2).min(axis=0))
-        return np.min(bounds, axis=0)
-
-    def evaluate(self, start, stop, width):
+    def evaluate(self, start: int, stop: int, width: int) -> np.ndarray:
         """Return rows start to stop - 1, (stop - start, width, n_channels) float64, in data units."""
         background = np.empty((stop - start, width, self.n_channels))
         for rows, columns, block in self.blocks(start, stop, width):
@@ -780,14 +986,21 @@ def chebyshev_panels(n_pixels, epsilon):
     return np.arange(n_panels)[:, None] * panel + nodes, matrix
 
 
-def fit_background(points: Points, levels: np.ndarray, smooth: float | str = 'auto') -> BackgroundModel:
+class Fit(NamedTuple):
+    """A background fitted to what was measured."""
+
+    measured: Measured  # points that the model goes through, and the levels of the background there
+    model: BackgroundModel
+    adaptive: AdaptiveModel | None = None  # how the adaptive model was chosen; None for the classic one
+    beside: Beside | None = None  # how well a reference fits, if there is one
+
+
+def fit_background(measured: Measured, smooth: float | str = 'auto') -> Fit:
     """Fit a smooth surface through the levels.
 
     Parameters
     ----------
-    points : Points
-    levels : (n_points, n_channels) float64 ndarray
-        In data units.
+    measured : Measured
     smooth : 'auto' or float
         'auto': the adaptive model, see `choose_model`. A number: the classic model, a multiquadric of the
         levels with scipy's default shape and this smoothness, no trend.
@@ -797,11 +1010,11 @@ def fit_background(points: Points, levels: np.ndarray, smooth: float | str = 'au
     RmgradientError
         If the smoothness is no number from 0 on, or makes the equations singular.
     """
-    if smooth == 'auto':
-        choice = choose_model(points.centers, levels, points.leader)
-        return BackgroundModel(points.centers, choice.weights, choice.epsilon, choice.plane, choice)
-    if not (isinstance(smooth, numbers.Real) and 0 <= smooth < math.inf):
-        raise RmgradientError(f"smoothness {smooth!r} is neither a number from 0 on nor 'auto'")
+    points, levels = measured.points, measured.levels
+    if Settings(smooth=smooth).smooth == 'auto':
+        adaptive = choose_model(points.centers, levels, points.leader)
+        model = BackgroundModel(points.centers, adaptive.weights, adaptive.epsilon, adaptive.plane)
+        return Fit(measured, model, adaptive)
     from scipy.interpolate import Rbf  # takes longer to load than most pictures to correct
     with warnings.catch_warnings(action='ignore'):  # "ill-conditioned": judged below by what matters
         try:
@@ -812,7 +1025,7 @@ def fit_background(points: Points, levels: np.ndarray, smooth: float | str = 'au
     if not off <= 1e-6 * np.abs(levels).max():
         raise RmgradientError(f'smoothness {smooth} makes the equations of these points singular; '
                               'choose another')
-    return BackgroundModel(points.centers, rbf.nodes, rbf.epsilon, np.zeros((3, levels.shape[1])))
+    return Fit(measured, BackgroundModel(points.centers, rbf.nodes, rbf.epsilon, np.zeros((3, levels.shape[1]))))
 
 
 # ---- Misfits -------------------------------------------------------------------------------------
@@ -821,17 +1034,13 @@ MISFIT = 6.0  # a point is worth a warning if it is off by this many standard de
 UNLIKELY, UNRELATED = 25.0, 0.5  # noises of levels, and part of their scatter: more is no agreement
 
 
-def find_misfits(points: Points, levels: np.ndarray, noise: np.ndarray,
-                 choice: Choice) -> list[tuple[int, float]]:
+def find_misfits(fit: Fit) -> list[tuple[int, float]]:
     """Find points whose level stands out from what the others predict.
 
     Parameters
     ----------
-    points : Points
-    levels, noise : (n_points, n_channels) ndarrays
-        Levels and their standard errors, in data units.
-    choice : Choice
-        Of the model through all of these points.
+    fit : Fit
+        Of the adaptive model; the classic one has no prediction, and no misfits.
 
     Returns
     -------
@@ -842,96 +1051,107 @@ def find_misfits(points: Points, levels: np.ndarray, noise: np.ndarray,
     Notes
     -----
     A bad point spoils the prediction of its neighbors and the choice of the model. So when the worst are
-    found, the model is chosen anew without them, and judges the others, until none stands out. Two points
-    of one nebula vouch for each other, so that pairs of neighbors are judged, too.
+    found, the model is chosen again without them, and judges the others, until none stands out. Two points
+    on one nebula mask each other, so neighbors are also tested in pairs.
     """
-    rest, misfits, noise = np.arange(len(levels)), [], MISFIT * np.median(noise, axis=0)
-    while found := (_find_worst(choice, points.centers[rest], noise)
-                    or _find_pair(choice, points.centers[rest], noise)):
-        misfits += [(rest[i], error) for i, error in found]
-        rest = rest[~np.isin(points.leader[rest], points.leader[[i for i, _ in misfits]])]
-        if len(rest) < 4:
+    if not fit.adaptive:
+        return []
+    points, levels, noise, _ = fit.measured
+    model, kept, misfits, least_error = fit.adaptive, np.arange(len(levels)), [], MISFIT * np.median(noise, axis=0)
+    while worst := (_find_worst(model, points.centers[kept], least_error)
+                    or _find_pair(model, points.centers[kept], least_error)):
+        misfits += [(int(kept[i]), float(error)) for i, error in worst]
+        kept = kept[~np.isin(points.leader[kept], points.leader[[i for i, _ in misfits]])]
+        if len(kept) < 4:
             break
-        choice = choose_model(points.centers[rest], levels[rest], points.leader[rest])
+        model = choose_model(points.centers[kept], levels[kept], points.leader[kept])
     return misfits
 
 
-def _find_worst(choice, centers, least_error):
+def _find_worst(model, centers, least_error):
     """Return index and error of the points that stand out most, at least half as far as the worst.
 
     An error stands out if it is above the least, and more than `MISFIT` times the typical one, and the same
     of its eight nearest neighbors: where a glow is steep all points are hard to predict.
     """
-    rest, found, acquitted, least = np.arange(len(centers)), [], [], MISFIT
-    while len(rest) > 3:
-        significant = np.abs(significance(choice.errors, choice.standardized, least_error))
-        significant[np.isin(rest, acquitted)] = 0
+    kept, worst_points, acquitted, limit = np.arange(len(centers)), [], [], MISFIT
+    while len(kept) > 3:
+        significant = np.abs(significance(model.errors, model.standardized, least_error))
+        significant[np.isin(kept, acquitted)] = 0
         worst, channel = np.unravel_index(significant.argmax(), significant.shape)
-        if significant[worst, channel] <= least:
+        if significant[worst, channel] <= limit:
             break
-        out = choice.leader == choice.leader[worst]
-        others, usual = _usual_around(choice, centers[rest], worst, out)
-        if np.abs(choice.standardized[worst, channel]) <= MISFIT * usual[channel]:
-            acquitted.append(rest[worst])
+        out = model.leader == model.leader[worst]
+        others, usual = _usual_around(model, centers[kept], worst, out)
+        if np.abs(model.standardized[worst, channel]) <= MISFIT * usual[channel]:
+            acquitted.append(kept[worst])
             continue
-        least = max(least, significant[worst, channel] / 2)
-        found.append((rest[worst], choice.errors[worst, channel]))
-        choice, rest = others, rest[~out]
-    return found
+        limit = max(limit, significant[worst, channel] / 2)
+        worst_points.append((kept[worst], model.errors[worst, channel]))
+        model, kept = others, kept[~out]
+    return worst_points
 
 
-def _usual_around(choice, centers, i, out):
-    """Return the Choice without some points, and its usual standardized error around one of them."""
-    others = leave_out(choice, out)
-    near = np.argsort(distances_between(centers[~out], centers[[i]])[:, 0])[:8]
-    return others, robust_std(others.standardized[near])
+def _usual_around(model, centers, i, out):
+    """Return the AdaptiveModel without some points, and its usual standardized error around one of them."""
+    others = without_points(model, out)
+    nearest_points = np.argsort(distances_between(centers[~out], centers[[i]])[:, 0])[:8]
+    return others, robust_std(others.standardized[nearest_points])
 
 
-def _find_pair(choice, centers, least_error):
+def _find_pair(model, centers, least_error):
     """Return index and error of the worst point, and of its nearest neighbor if that stands out, too.
 
-    As in `_find_worst`, but left out together, see `left_out_errors`; not of points on isolines.
+    As in `_find_worst`, but left out together, and not of points on isolines. With precision G, weights w and
+    the pair i, j, the errors of `left_out_errors` are
+
+        e_i = (G_ij w_j - G_jj w_i) / d,    d = G_ii G_jj - G_ij^2,
+
+    since (G_jj, -G_ij; -G_ij, G_ii) / d is the inverse of the two rows and columns of G; the variance of e_i
+    is G_jj / d.
     """
-    leaders, counts = np.unique(choice.leader, return_counts=True)
-    alone = np.flatnonzero(np.isin(choice.leader, leaders[counts == 1]))
+    leaders, counts = np.unique(model.leader, return_counts=True)
+    alone = np.flatnonzero(np.isin(model.leader, leaders[counts == 1]))
     if len(alone) < LEAST_PLACES:
         return []
     pairs = np.stack([alone, alone[distances_among(centers[alone]).argmin(axis=1)]])
-    # The inverse of two rows and columns of the precision, written out for all pairs.
-    own, other = np.diag(choice.precision)[pairs][..., None]
-    shared, (first, second) = choice.precision[*pairs][:, None], choice.weights[pairs]
-    determinant = own * other - shared**2
-    judged = determinant > 1e-12 * own.max() ** 2
-    errors = np.stack([shared * second - other * first, shared * first - own * second])
-    errors = np.where(judged, errors / np.where(judged, determinant, 1), 0)
-    standardized = errors * np.sqrt(np.where(judged, determinant / np.stack([other, own]), 0))
+    g_ii, g_jj = np.diag(model.precision)[pairs][..., None]
+    g_ij, (w_i, w_j) = model.precision[*pairs][:, None], model.weights[pairs]
+    d = g_ii * g_jj - g_ij**2
+    judged = d > 1e-12 * g_ii.max() ** 2
+    errors = np.stack([g_ij * w_j - g_jj * w_i, g_ij * w_i - g_ii * w_j])
+    errors = np.where(judged, errors / np.where(judged, d, 1), 0)
+    standardized = errors * np.sqrt(np.where(judged, d / np.stack([g_jj, g_ii]), 0))
     significant = np.abs(significance(errors, standardized, least_error, standardized[0]))
     worst, channel = np.unravel_index(significant[0].argmax(), significant[0].shape)
     stand_out = significant[:, worst, channel] > MISFIT
     if not stand_out[0]:
         return []
     pair = pairs[:, worst]
-    _, usual = _usual_around(choice, centers, pair[0], np.isin(np.arange(len(centers)), pair))
+    _, usual = _usual_around(model, centers, pair[0], np.isin(np.arange(len(centers)), pair))
     if np.abs(standardized[0, worst, channel]) <= MISFIT * usual[channel]:
         return []
     return list(zip(pair[stand_out], errors[stand_out, worst, channel]))
 
 
-def hardly_agree(choice, levels, noise):
-    """Tell whether points are predicted from the others so badly that some, or all, can't be trusted.
-
-    Levels, (n_points, n_channels), and their noise, (n_channels,), in data units.
-    """
-    off = np.sqrt((choice.errors**2).mean(axis=0))
-    return (off > np.maximum(UNLIKELY * noise, UNRELATED * levels.std(axis=0))).any()
+def hardly_agree(fit):
+    """Whether the leave-one-out errors of the adaptive model are too large to trust the points."""
+    off = rms(fit.adaptive.errors)
+    noise, scatter = np.median(fit.measured.noise, axis=0), fit.measured.levels.std(axis=0)
+    return (off > np.maximum(UNLIKELY * noise, UNRELATED * scatter)).any()
 
 
-@np.errstate(over='ignore')  # beside errors of zero, others are infinitely large
+def rms(errors):
+    """Return the root mean square of each channel, (n_channels,)."""
+    return np.sqrt((errors**2).mean(axis=0))
+
+
+@np.errstate(over='ignore')  # compared with errors of zero, others are infinitely large
 def significance(errors, standardized, least, usual=None):
     """Return how many times as large as usual each standardized error is, 0 for errors up to the least.
 
-    Errors and standardized ones as in `left_out_errors`; least, (n_channels,); usual: standardized errors
-    of other points, if these are not judged by their own.
+    Errors and standardized ones as in `left_out_errors`; least: (n_channels,), data units; usual: standardized
+    errors of other points, if these are not judged by their own.
     """
     usual = robust_std(standardized if usual is None else usual)
     return np.where(np.abs(errors) > least, standardized / usual, 0)
@@ -950,25 +1170,21 @@ LEAST_CORRELATION = 0.5  # of details: of the same field it is above 0.9, of ano
 
 
 class Beside(NamedTuple):
-    """A background that was found beside a reference."""
+    """How well a reference fits the picture."""
 
-    model: BackgroundModel
-    levels: np.ndarray  # (n_kept, n_channels): of the background at the points kept, data units
     kept: np.ndarray  # (n_points,): points that fit the reference
     scale: np.ndarray  # (n_channels,): of the reference's light in the picture
     error: np.ndarray  # (n_channels,): standard error of the scale
     unexplained: np.ndarray  # (n_channels,): standard deviation of what neither explains
 
 
-def fit_beside_reference(points: Points, levels: np.ndarray, reference: np.ndarray) -> Beside:
-    """Fit the background of a picture of which a registered one with less gradient, the reference, is known.
+def fit_beside_reference(measured: Measured, reference: np.ndarray) -> Fit:
+    """Fit the background of a picture with a reference: a registered picture of the field with less gradient.
 
     Parameters
     ----------
-    points : Points
-        On nebulae as well as beside them.
-    levels : (n_points, n_channels) ndarray
-        Of the picture, in data units.
+    measured : Measured
+        Of the picture, on nebulae as well as off them.
     reference : (n_points, n_channels) or (n_points, 1) ndarray
         Levels of the reference at the same points, in its own units; a gray one serves all channels.
 
@@ -981,45 +1197,48 @@ def fit_beside_reference(points: Points, levels: np.ndarray, reference: np.ndarr
     -----
     The picture is scale x reference + background: kriging with external drift (Chiles and Delfiner 2012,
     Geostatistics, section 5.6). Given shape and smoothness, generalized least squares gives the scale, and
-    ordinary kriging of the rest the background, which are the same equations as with one more term of the
+    ordinary kriging of what is left the background, which are the same equations as with one more term of the
     trend; both take turns until the scale stays. Points that fit badly, such as satellites and moved
-    objects, are left out, and all is done anew.
+    objects, are left out, and all is done again.
     """
-    if len(np.unique(points.leader)) < LEAST_PLACES:
+    levels = measured.levels
+    if len(np.unique(measured.points.leader)) < LEAST_PLACES:
         raise RmgradientError(f'{len(levels)} points are too few to tell its light from the background; '
                               f'give at least {LEAST_PLACES}')
     light = np.broadcast_to(reference - np.median(reference, axis=0), levels.shape)
     kept = np.ones(len(levels), bool)
     for is_last in (False, False, False, False, True):
-        model, scale, error, correlation = _fit_scale(points.subset(kept), levels[kept], light[kept])
+        fit, scale, error, correlation = _fit_scale(measured.subset(kept), light[kept])
         if correlation.max() < LEAST_CORRELATION:
             raise RmgradientError(f'details correlate with those of the picture by {in_words(correlation)} '
                                   'only; is it registered, and does it show the same field?')
-        standardized = np.abs(model.choice.standardized)
+        standardized = np.abs(fit.adaptive.standardized)
         fits = (standardized <= REFERENCE_MISFIT * robust_std(standardized)).all(axis=1)
         if is_last or fits.all() or fits.sum() < LEAST_PLACES:
             break
         kept[kept] = fits
-    unexplained = np.sqrt((model.choice.errors**2).mean(axis=0))
-    return Beside(model, (levels - scale * light)[kept], kept, scale, error, unexplained)
+    background = measured.subset(kept)._replace(levels=(levels - scale * light)[kept])
+    beside = Beside(kept, scale, error, rms(fit.adaptive.errors))
+    return fit._replace(measured=background, beside=beside)
 
 
-def _fit_scale(points, levels, light):
-    """Return the model, and of each channel the scale, its standard error, and the correlation of details."""
+def _fit_scale(measured, light):
+    """Return the Fit, the scale, its standard error, and the correlation of details of each channel."""
+    points, levels = measured.points, measured.levels
     scale = np.zeros(levels.shape[1])
     for _ in range(10):
-        model = fit_background(points, levels - scale * light)
-        terms = trend_terms(points.centers, points.centers, model.choice.trend)
+        fit = fit_background(measured._replace(levels=levels - scale * light))
+        terms = trend_terms(points.centers, points.centers, fit.adaptive.trend)
         detail, ours = without_trend(light, terms), without_trend(levels, terms)
-        weighted = model.choice.precision @ detail
+        weighted = fit.adaptive.precision @ detail
         own, shared = (weighted * detail).sum(axis=0), (weighted * ours).sum(axis=0)
         before, scale = scale, shared / np.maximum(own, TINY)
         if np.abs(scale - before).max() <= 1e-6 * np.abs(scale).max():
             break
-    total = (ours * (model.choice.precision @ ours)).sum(axis=0)
-    rest = np.maximum(total - scale * shared, 0) / max(1, len(levels) - terms.shape[1] - 1)
+    total = (ours * (fit.adaptive.precision @ ours)).sum(axis=0)
+    left = np.maximum(total - scale * shared, 0) / max(1, len(levels) - terms.shape[1] - 1)
     correlation = shared / np.sqrt(np.maximum(own * total, TINY))
-    return model, scale, np.sqrt(rest / np.maximum(own, TINY)), correlation
+    return fit, scale, np.sqrt(left / np.maximum(own, TINY)), correlation
 
 
 def check_reference(shape, reference_shape):
@@ -1035,11 +1254,12 @@ def check_reference(shape, reference_shape):
 
 # ---- Automatic points ----------------------------------------------------------------------------
 
+AUTO = 15  # cells along the longer side, from each of which a point is chosen
 FIRST_STEPS, MOST_STARTS = 3, 10  # of concentration: then only the most promising starts go on
 MOST_CELLS = 30  # along the longer side: more take minutes
 DEGREES = range(1, 9)  # of the polynomials; a higher one would follow nebulae
 AGREES = 1.3  # times the 99 % quantile of chi-squared: a place within is on the surface
-DROPPED = 5.0  # cost of a place off the surface: with 8, broad surfaces swallow nebulae; with 3, it collapses
+DROPPED = 5.0  # most cost of a place: with 8, broad surfaces swallow nebulae; with 3, it collapses
 BELOW = 4.0  # deviations: a place so far below the surface costs more, since little is darker than the sky
 LEAST_VARIANCE = 0.25  # of the levels about the surface, in units of their noise: nothing is gained below
 NEIGHBORS = 1.7  # cells: places no farther are neighbors, also across a corner
@@ -1047,18 +1267,10 @@ RIM = 0.4  # a place with a larger part of its neighbors off the surface is on t
 CORNER = 6  # places: a smaller group in a corner is a glow that ends there
 GROUP = 3  # neighbors off the surface are a nebula or the end of a glow; fewer are stars
 MOST_END, ROUGH = 0.2, 6.0  # part of places, typical errors: a larger or rougher group is no end of a glow
-STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to be left out, to come back, and beside a nebula
+STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to be left out, to come back, and near a nebula
 LEAST_GIVEN = 5  # certain points that others can grow from: of fewer, none is predicted by the others
 AS_PREDICTED, ROUNDS = 2.0, 30  # typical errors within which a place joins, and most rounds of judging all
 MOST_SCATTER, LEAST_SKY = 4.0, 0.6  # noises, and part of the places: beyond, they are said not to agree
-
-
-class Chosen(NamedTuple):
-    """Points that were chosen, out of how many quiet places, and whether these agree on a smooth surface."""
-
-    points: Points
-    n_places: int
-    agree: bool  # of sky that grew from certain points: whether all predict each other to a few noises
 
 
 class Sites(NamedTuple):
@@ -1071,6 +1283,10 @@ class Sites(NamedTuple):
     size: np.ndarray  # width and height of the frame
     cell: float  # side of a cell, in pixels
 
+    def select(self, is_sky):
+        """Return centers, levels and leader, as `choose_model` takes them, of some of the places, (n_places,) bool."""
+        return self.points.centers[is_sky], self.levels[is_sky], self.points.leader[is_sky]
+
     def from_border(self):
         """Return the (n_places, 2) distances from the nearer border in x and y."""
         return np.minimum(self.points.centers, self.size - self.points.centers)
@@ -1081,22 +1297,25 @@ class Sites(NamedTuple):
 
 
 @np.errstate(over='ignore')  # as in `significance`
-def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIGMA,
-                  given: Points | None = None, starmap: Callable = itertools.starmap) -> Chosen:
-    """Choose points of empty sky.
+def choose_points(image: ArrayLike | Picture, n: int = AUTO, sigma: float = SIGMA,
+                  given: Points | None = None) -> Measured:
+    """Choose points of empty sky, and measure them.
 
     Parameters
     ----------
-    image : (height, width, n_channels) or (height, width) ndarray, or a Picture
-        Read once, in strips, beside the windows of the points.
+    image : (height, width, n_channels) or (height, width) array_like, or a Picture
+        Read once, in strips, and the windows of the points.
     n : int
         Cells along the longer side of a grid; each offers a point.
     sigma : float
         Blur at the points, in pixels: what they are chosen for.
     given : Points, optional
         Certain points: all are kept, first, and the surface of the sky has to go through them.
-    starmap : callable
-        Like `itertools.starmap`, but it may work on several strips at once, see `threads`; the order stays.
+
+    Returns
+    -------
+    Measured
+        With `chosen`.
 
     Raises
     ------
@@ -1113,36 +1332,44 @@ def choose_points(image: np.ndarray | Picture, n: int = AUTO, sigma: float = SIG
     """
     if not 3 <= n <= MOST_CELLS:
         raise RmgradientError(f'a grid of {n} cells along the longer side is not from 3 to {MOST_CELLS}')
-    image = with_channels(image)
-    height, width, _ = image.shape
-    points, certain = join_quiet_places(image, n, sigma, given, starmap)
-    levels, noise = measure_levels(image, points, sigma)
-    noise = with_rounding(np.median(noise, axis=0), image, points, sigma)
+    picture = as_picture(image)
+    points, is_given = join_quiet_places(picture, n, sigma, given)
+    measured = measure_levels(picture, points, sigma)
+    levels, noise = measured.levels, np.median(measured.noise, axis=0)
+    noise = with_rounding(noise, picture, points, sigma)
     rounding = 1e-9 * np.abs(levels).max(axis=0) + TINY
     varies = np.ptp(levels, axis=0) > rounding  # a constant channel tells nothing
     varies |= not varies.any()
-    noise, size = np.maximum(noise, rounding)[varies], np.array([width, height])
-    sites = Sites(points, levels[:, varies], noise, certain, size, size.max() / n)
+    noise, size = np.maximum(noise, rounding)[varies], np.array(picture.shape[1::-1])
+    sites = Sites(points, levels[:, varies], noise, is_given, size, size.max() / n)
     with one_blas_thread():
-        sky, scatter = find_consensus(sites)
-        agree = scatter < MOST_SCATTER and sky.mean() > LEAST_SKY and sky[certain].all()
-        if agree or (certain & ~points.on_isoline).sum() < LEAST_GIVEN:
-            sky |= ends_of_glows(sky, sites)
-            sky = (sky & ~rims(sky, sites)) | certain
-            sky, choice, errors = follow_model(sky, sites)
-        else:
-            sky, choice, errors = follow_model(grow_from_certain(sites), sites)
-            agree = (robust_std(choice.errors) < MOST_SCATTER * sites.noise).all()
-        sky = leave_faint_ends(sky, choice, errors, sites)
-    return Chosen(points.subset(sky), np.count_nonzero(~certain), agree)
+        is_sky, agree = choose_sky(sites)
+    chosen = Chosen(np.count_nonzero(is_given), np.count_nonzero(~is_given), bool(agree))
+    return measured.subset(is_sky)._replace(chosen=chosen)
 
 
-def join_quiet_places(image, n, sigma, given, starmap):
-    """Return given points, if any, and quiet places not as good as one of them; and which are given."""
-    given = given or Points(*np.zeros((3, 0), int))
-    places = find_quiet_places(image, n, sigma, starmap)
-    away = distances_between(places, given.centers).min(axis=1, initial=np.inf)
-    places = places[away > 2 * sigma]
+def choose_sky(sites):
+    """Return which places are sky, (n_places,) bool, and whether they agree."""
+    certain = sites.certain
+    is_sky, scatter = find_consensus(sites)
+    agree = scatter < MOST_SCATTER and is_sky.mean() > LEAST_SKY and is_sky[certain].all()
+    if agree or (certain & ~sites.points.on_isoline).sum() < LEAST_GIVEN:
+        is_sky |= ends_of_glows(is_sky, sites)
+        followed = follow_model((is_sky & ~rims(is_sky, sites)) | certain, sites)
+    else:
+        followed = follow_model(grow_from_certain(sites), sites)
+        agree = (robust_std(followed.model.errors) < MOST_SCATTER * sites.noise).all()
+    return leave_faint_ends(followed, sites), agree
+
+
+def join_quiet_places(picture, n, sigma, given):
+    """Return given points, if any, and quiet places that are not close to one of them; and which are given."""
+    if not 3 <= n <= MOST_CELLS:
+        raise RmgradientError(f'a grid of {n} cells along the longer side is not from 3 to {MOST_CELLS}')
+    given = given or unchecked_points([])
+    places = find_quiet_places(picture, n, Settings(sigma=sigma).sigma)
+    distances = distances_between(places, given.centers).min(axis=1, initial=np.inf)
+    places = places[distances > 2 * sigma]
     if len(given.x) + len(places) < LEAST_PLACES:
         raise RmgradientError(f'too few quiet places with data, {len(places)}; use a finer grid, a smaller '
                               'sigma, or give points')
@@ -1152,9 +1379,10 @@ def join_quiet_places(image, n, sigma, given, starmap):
     return Points(*np.hstack([given[:3], [*places.T, indices[~is_given]]]), sources), is_given
 
 
-def places_beside_reference(image, reference, n, sigma, given=None, starmap=itertools.starmap):
-    """Return given points, if any, and all quiet places where the reference has data, too, as Points."""
-    points, has_data = join_quiet_places(image, n, sigma, given, starmap)
+def places_beside_reference(pictures, n, sigma, given=None):
+    """Return given points, if any, and all quiet places of a picture where its reference has data, too."""
+    picture, reference = pictures
+    points, has_data = join_quiet_places(picture, n, sigma, given)
     for i in np.flatnonzero(~has_data):
         with contextlib.suppress(RmgradientError):
             measure_levels(reference, unchecked_points(points.pairs[[i]]), sigma)
@@ -1165,11 +1393,11 @@ def places_beside_reference(image, reference, n, sigma, given=None, starmap=iter
     return points.subset(has_data)
 
 
-def with_rounding(noise, image, points, sigma):
+def with_rounding(noise, picture, points, sigma):
     """Return the (n_channels,) noise of levels, or the error of rounding where noise can't hide that."""
     radius, pixel_noise = math.ceil(3 * sigma), noise * 2 * math.sqrt(math.pi) * sigma
     measured = points.subset(~points.on_isoline)
-    rows = [image[y:y + 1, x - radius:x + radius + 1][0] for x, y in zip(measured.x, measured.y)]
+    rows = [picture[y:y + 1, x - radius:x + radius + 1][0] for x, y in zip(measured.x, measured.y)]
     differences = np.abs(np.diff(np.array(rows, float), axis=1)).reshape(-1, len(noise))
     # The smallest difference between pixels side by side scales with the picture.
     step = differences.min(axis=0, where=differences > 0, initial=np.inf)
@@ -1188,10 +1416,14 @@ def find_consensus(sites):
     29), over polynomials of several degrees and from many starts: all places, and the farther half or three
     quarters from each of 6 x 5 centers, one of which lies in the nebula. With residuals r, their covariance
     S and d = r' S^-1 r, steps of concentration keep the half of smallest d; then all are kept that agree.
-    The best has the highest likelihood, in which a place off the surface costs as much as one sqrt(2 x
-    `DROPPED`) deviations off, and a little more below, since nebulae shine, less the information
-    criterion's price of its terms. Certain points weigh as much as half of the places together, and cost
-    ten times as much off the surface.
+    The best set has the highest score, a log-likelihood minus the penalty of the Bayesian information criterion
+    (BIC). With places i of weight v_i, n of them in all, k terms and c channels,
+
+        score = -sum_i v_i [min(d_i / 2, DROPPED) + (1 if r_i < -BELOW deviations in some channel)]
+                - n / 2 log det S - k c / 2 log n.
+
+    So no place costs more than `DROPPED`, or one more below the surface, since little is darker than the sky.
+    Certain points weigh as much as half of the places together, and cost ten times as much off the surface.
     """
     n_places, certain = len(sites.levels), sites.certain
     places, levels = 2 * sites.points.centers / sites.size - 1, sites.levels / sites.noise
@@ -1205,38 +1437,38 @@ def find_consensus(sites):
     def best_of(degree):
         return concentrate(Surfaces(legendre_terms(places, degree), levels, weights), np.array(starts), costs)
 
-    degrees = [d for d in DEGREES if n_places >= (1 if d < 3 else 1.5) * (d + 1) * (d + 2)]
+    degrees = [d for d in DEGREES if n_places >= 1.25 * (d + 1) * (d + 2)]  # 2.5 times as many as terms
     return max(in_two_threads(best_of, degrees), key=lambda each: each[0])[1:]
 
 
-def concentrate(surfaces, sky, costs):
+def concentrate(surfaces, sets, costs):
     """Return score, set and scatter of the best set that sets of places, (n_sets, n_places), lead to."""
     n_places, n_channels = surfaces.levels.shape
     limit = AGREES * chi_squared_quantile(n_channels)
     least = int(min(max(n_places / 2, 1.5 * surfaces.n_terms + n_channels), n_places))
     for step in range(10):
-        _, covariance, distances = surfaces.fit(sky)
-        before, sky = sky, nearest(distances, least)
+        _, covariance, distances = surfaces.fit(sets)
+        before, sets = sets, nearest(distances, least)
         if step == FIRST_STEPS:
-            sky = sky[np.argsort(np.linalg.slogdet(covariance)[1])[:MOST_STARTS]]
-        elif step > FIRST_STEPS and (sky == before).all():
+            sets = sets[np.argsort(np.linalg.slogdet(covariance)[1])[:MOST_STARTS]]
+        elif step > FIRST_STEPS and (sets == before).all():
             break
     for step in range(10):
         # The half nearest to a surface scatters less than all that belongs to it.
-        distances = surfaces.fit(sky)[2] / (1.5 if step == 0 else 1)
-        before, sky = sky, np.where(distances < limit, 1.0, 0.0)
-        few = sky.sum(axis=1) < least
-        sky[few] = nearest(distances[few], least)
-        if step and (sky == before).all():
+        distances = surfaces.fit(sets)[2] / (1.5 if step == 0 else 1)
+        before, sets = sets, np.where(distances < limit, 1.0, 0.0)
+        few = sets.sum(axis=1) < least
+        sets[few] = nearest(distances[few], least)
+        if step and (sets == before).all():
             break
-    residuals, covariance, distances = surfaces.fit(sky)
+    residuals, covariance, distances = surfaces.fit(sets)
     scatter = np.sqrt(np.trace(covariance, axis1=1, axis2=2))
     below = residuals.min(axis=2) < -BELOW * scatter[:, None]
     score = -(np.minimum(distances / 2, costs) + below) @ surfaces.weights
     score -= n_places / 2 * np.linalg.slogdet(covariance)[1]
     score -= surfaces.n_terms * n_channels / 2 * math.log(n_places)
     i = score.argmax()
-    return score[i], sky[i] > 0, scatter[i] / math.sqrt(n_channels)
+    return score[i], sets[i] > 0, scatter[i] / math.sqrt(n_channels)
 
 
 class Surfaces:
@@ -1265,8 +1497,7 @@ class Surfaces:
         coefficients = np.linalg.solve(normal, (sets @ self._known).reshape(n_sets, n_terms, n_channels))
         residuals = self.levels - self._terms @ coefficients
         n_kept = sets.sum(axis=1)
-        n_free = np.maximum(n_kept - n_terms, 0.2 * n_kept)
-        kept = residuals * (sets / n_free[:, None])[..., None]
+        kept = residuals * (sets / (n_kept - n_terms)[:, None])[..., None]
         covariance = kept.transpose(0, 2, 1) @ residuals
         # The same in all channels, if huge.
         least = LEAST_VARIANCE + 1e-12 * np.trace(covariance, axis1=1, axis2=2)
@@ -1295,168 +1526,184 @@ def nearest(distances, n):
 def grow_from_certain(sites):
     """Return which places are sky, beginning with the certain ones, (n_places,) bool.
 
-    The adaptive model through what is sky predicts the others, and knows how far it may be off (kriging).
-    Where it is most certain, those join that are as predicted; all are judged anew by the model through
-    more of them.
+    The adaptive model through what is sky predicts the others, and how far it may be off (kriging). Where it is
+    most certain, those join that are as predicted; then all are judged again by the model through more of them.
     """
-    sky, least = sites.certain, MISFIT * sites.noise
+    is_sky, least = sites.certain, MISFIT * sites.noise
     for _ in range(ROUNDS):
-        choice = fit_sites(sky, sites)
-        off, deviation = np.zeros((2, len(sky)))
-        off[sky] = np.abs(significance(choice.errors, choice.standardized, least)).max(axis=1)
-        near = sky.copy()
-        if not sky.all():
-            errors, deviation[~sky] = predict_others(choice, sites.points.centers, sites.levels, sky)
-            standardized = errors / deviation[~sky, None]
-            off[~sky] = np.abs(significance(errors, standardized, least, choice.standardized)).max(axis=1)
-            near |= deviation <= np.quantile(deviation[~sky], 0.3)
-        before, sky = sky, sites.certain | (off < AS_PREDICTED) & near
-        if (sky == before).all():
+        model = fit_sites(is_sky, sites)
+        off, deviation = np.zeros((2, len(is_sky)))
+        off[is_sky] = np.abs(significance(model.errors, model.standardized, least)).max(axis=1)
+        may_join = is_sky.copy()
+        if not is_sky.all():
+            errors, deviation[~is_sky] = predict_others(model, sites, is_sky)
+            standardized = errors / deviation[~is_sky, None]
+            off[~is_sky] = np.abs(significance(errors, standardized, least, model.standardized)).max(axis=1)
+            may_join |= deviation <= np.quantile(deviation[~is_sky], 0.3)
+        before, is_sky = is_sky, sites.certain | (off < AS_PREDICTED) & may_join
+        if (is_sky == before).all():
             break
-    return sky
+    return is_sky
 
 
-def rims(sky, sites):
-    """Tell which places have many neighbors off the surface."""
-    near = sites.neighbors()
-    return (near & ~sky).sum(axis=1) > RIM * near.sum(axis=1)
+def rims(is_sky, sites):
+    """Return which places have many neighbors off the surface."""
+    neighbors = sites.neighbors()
+    return (neighbors & ~is_sky).sum(axis=1) > RIM * neighbors.sum(axis=1)
 
 
-def groups_off(sky, sites):
+def groups_off(is_sky, sites):
     """Return the groups of neighbors off the surface, each as (n_places,) bool, the smallest first."""
-    joined = sites.neighbors() & ~sky & ~sky[:, None]
-    group = np.where(sky, -1, np.arange(len(sky)))
+    joined = sites.neighbors() & ~is_sky & ~is_sky[:, None]
+    group = np.where(is_sky, -1, np.arange(len(is_sky)))
     while (group != (group := np.maximum(group, np.where(joined, group, -1).max(axis=1)))).any():
         pass
-    return sorted((group == i for i in np.unique(group[~sky])), key=np.sum)
+    return sorted((group == i for i in np.unique(group[~is_sky])), key=np.sum)
 
 
-def ends_of_glows(sky, sites):
-    """Tell which places off the surface are the ends of glows, more than a polynomial follows.
+def ends_of_glows(is_sky, sites):
+    """Return which places off the surface are the ends of glows, more than a polynomial follows.
 
     Those are a few in a corner, as of an amplifier's glow, and small groups at the border, if none stands
     out from the adaptive model through sky and group: a glow is smooth to the noise, and a nebula is not.
     """
-    all_sky, at_border = sky, sites.from_border() < sites.cell
-    for group in groups_off(sky, sites):
+    all_sky, at_border = is_sky, sites.from_border() < sites.cell
+    for group in groups_off(is_sky, sites):
         both, size = all_sky | group, group.sum()
         if size <= CORNER and at_border[group].all(axis=1).any():
             all_sky = both
-        elif GROUP <= size <= MOST_END * len(sky) and at_border[group].any():
+        elif GROUP <= size <= MOST_END * len(is_sky) and at_border[group].any():
             standardized = fit_sites(both, sites).standardized
             if np.abs(standardized / robust_std(standardized))[group[both]].max() < ROUGH:
                 all_sky = both
-    return all_sky & ~sky
+    return all_sky & ~is_sky
 
 
-def follow_model(sky, sites):
+class Followed(NamedTuple):
+    """Sky that the adaptive model follows."""
+
+    is_sky: np.ndarray  # (n_places,)
+    model: AdaptiveModel  # through these
+    errors: np.ndarray  # (n_others, n_channels): level minus prediction of the others, data units
+
+
+def follow_model(is_sky, sites):
     """Leave out what stands out above the adaptive model through the others, and take in the peaks of glows.
 
     A glow's peak at the border is more than a polynomial follows: bright places there, where the model
-    predicts them to be brighter than nine in ten of the accepted ones, come back, once. Returns sky, the
-    Choice of the model through it, and the errors of the others, (n_others, n_channels).
+    predicts them to be brighter than nine in ten of the accepted ones, come back, once. Returns Followed.
     """
     at_border = sites.from_border().min(axis=1) < 2 * sites.cell
-    brightness, tried = (sites.levels / sites.noise).sum(axis=1), np.zeros(len(sky), bool)
+    brightness, tried = (sites.levels / sites.noise).sum(axis=1), np.zeros(len(is_sky), bool)
+    least = MISFIT * sites.noise
     while True:
-        choice = fit_sites(sky, sites)
-        out = places_above(choice, sky, sites, STANDS_OUT, MISFIT * sites.noise)
-        if out.any():
-            sky = sky & ~out
+        model = fit_sites(is_sky, sites)
+        stand_out = excess_of_sky(model, is_sky, sites, least) > STANDS_OUT
+        if stand_out.any():
+            is_sky = is_sky & ~stand_out
             continue
-        errors, deviation = predict_others(choice, sites.points.centers, sites.levels, sky)
-        off = significance(errors, errors / deviation[:, None], MISFIT * sites.noise, choice.standardized)
-        predicted = brightness[~sky] - (errors / sites.noise).sum(axis=1)
-        joins = np.zeros(len(sky), bool)
-        joins[~sky] = (np.abs(off).max(axis=1) < JOINS) & (predicted > np.quantile(brightness[sky], 0.9))
+        errors, deviation = predict_others(model, sites, is_sky)
+        off = significance(errors, errors / deviation[:, None], least, model.standardized)
+        predicted = brightness[~is_sky] - (errors / sites.noise).sum(axis=1)
+        joins = np.zeros(len(is_sky), bool)
+        joins[~is_sky] = (np.abs(off).max(axis=1) < JOINS) & (predicted > np.quantile(brightness[is_sky], 0.9))
         joins &= at_border & ~tried
         if not joins.any():
-            return sky, choice, errors
-        sky, tried = sky | joins, tried | joins
+            return Followed(is_sky, model, errors)
+        is_sky, tried = is_sky | joins, tried | joins
 
 
-def leave_faint_ends(sky, choice, errors, sites):
-    """Leave out faint ends of nebulae: inside the frame, beside a group that shines, little excess is enough.
+def leave_faint_ends(followed, sites):
+    """Return the sky of Followed without faint ends of nebulae.
 
-    Sky, choice and errors as `follow_model` returns them.
+    Inside of the frame, near a group that shines, little excess is enough.
     """
-    nebulae = np.zeros(len(sky), bool)
-    for group in groups_off(sky, sites):
+    is_sky, model, errors = followed
+    nebulae = np.zeros(len(is_sky), bool)
+    for group in groups_off(is_sky, sites):
         nebulae |= group & (group.sum() >= GROUP)
-    nebulae[~sky] &= (errors / sites.noise).sum(axis=1) > 0
+    nebulae[~is_sky] &= (errors / sites.noise).sum(axis=1) > 0
     centers = sites.points.centers
-    away = distances_between(centers, centers[nebulae]).min(axis=1, initial=np.inf)
-    beside = (away < 2.5 * sites.cell) & (sites.from_border().min(axis=1) > sites.cell)
-    while (out := places_above(choice, sky, sites, FAINT, sites.noise, beside)).any():
-        sky = sky & ~out
-        choice = fit_sites(sky, sites)
-    return sky
+    distances = distances_between(centers, centers[nebulae]).min(axis=1, initial=np.inf)
+    may_be_faint = (distances < 2.5 * sites.cell) & (sites.from_border().min(axis=1) > sites.cell)
+    while (faint := (excess_of_sky(model, is_sky, sites, sites.noise) > FAINT) & may_be_faint).any():
+        is_sky = is_sky & ~faint
+        model = fit_sites(is_sky, sites)
+    return is_sky
 
 
-def fit_sites(sky, sites):
-    """Return the Choice of the adaptive model through some of the places."""
-    if sky.sum() < (LEAST_GIVEN if sites.certain.sum() >= LEAST_GIVEN else LEAST_PLACES):
-        raise RmgradientError(f'too few places of empty sky, {sky.sum()}; give points')
-    return choose_model(sites.points.centers[sky], sites.levels[sky], sites.points.leader[sky])
+def fit_sites(is_sky, sites):
+    """Return the AdaptiveModel through some of the places."""
+    if is_sky.sum() < (LEAST_GIVEN if sites.certain.sum() >= LEAST_GIVEN else LEAST_PLACES):
+        raise RmgradientError(f'too few places of empty sky, {is_sky.sum()}; give points')
+    return choose_model(*sites.select(is_sky))
 
 
-def places_above(choice, sky, sites, limit, least, where=True):
-    """Tell which places of the sky stand out most above the prediction from the others.
+def excess_of_sky(model, is_sky, sites, least):
+    """Return how far places of the sky stand out above the prediction from the others, in typical errors.
 
-    Certain ones never do, nor those outside of `where`, (n_places,) bool. Limit: in typical errors; least:
-    in data units, see `significance`.
+    Errors up to the least, (n_channels,) in data units, count as 0, and so do those of certain places.
     """
-    excess = np.zeros(len(sky))
-    excess[sky] = significance(choice.errors, choice.standardized, least).max(axis=1)
-    excess[sites.certain | np.logical_not(where)] = 0
-    return excess > max(limit, 0.6 * excess.max())
+    excess = np.zeros(len(is_sky))
+    excess[is_sky] = significance(model.errors, model.standardized, least).max(axis=1)
+    excess[sites.certain] = 0
+    return excess
 
 
-def predict_others(choice, centers, levels, accepted):
-    """Return level minus prediction of the points that are not accepted, and its deviation, (n_points,).
+def predict_others(model, sites, is_sky):
+    """Return level minus prediction of the places that are not sky, (n_others, n_channels), and its deviation.
 
-    The equations of `choose_model` give the prediction, and its variance as in kriging. The quotient of
-    both is a standardized error, as in `left_out_errors`.
+    The equations of `choose_model` give the prediction, and its variance as in kriging, (n_others,). The quotient
+    of both is a standardized error, as in `left_out_errors`.
     """
-    inside, n_inside = centers[accepted], accepted.sum()
-    terms = trend_terms(centers, inside, choice.trend)
-    at = np.hstack([multiquadric(distances_between(centers, inside), choice.epsilon), terms])
+    centers, levels = sites.points.centers, sites.levels
+    centers_of_sky, n_sky = centers[is_sky], is_sky.sum()
+    terms = trend_terms(centers, centers_of_sky, model.trend)
+    at = np.hstack([multiquadric(distances_between(centers, centers_of_sky), model.epsilon), terms])
     n_terms = terms.shape[1]
-    equations = np.vstack([at[accepted], np.hstack([terms[accepted].T, np.zeros((n_terms, n_terms))])])
-    equations[range(n_inside), range(n_inside)] -= choice.smooth
-    shares = np.linalg.solve(equations, at[~accepted].T)
-    errors = levels[~accepted] - shares[:n_inside].T @ levels[accepted]
-    variance = choice.smooth - 1 + np.einsum('ij,ji->i', at[~accepted], shares)
+    equations = np.vstack([at[is_sky], np.hstack([terms[is_sky].T, np.zeros((n_terms, n_terms))])])
+    equations[range(n_sky), range(n_sky)] -= model.smooth
+    shares = np.linalg.solve(equations, at[~is_sky].T)
+    errors = levels[~is_sky] - shares[:n_sky].T @ levels[is_sky]
+    variance = model.smooth - 1 + np.einsum('ij,ji->i', at[~is_sky], shares)
     return errors, np.sqrt(np.maximum(variance, 1e-12))
 
 
-def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
+def find_quiet_places(picture, n, sigma):
     """Return the (n_places, 2) place of least variance in each cell of a grid, n cells along the longer side.
 
     Windows two tiles wide are compared, a tile being as wide as the blur reaches. Those with pixels that
     are not finite, without data (see `no_data`) in any channel, or transparent are left out, and
-    suspiciously smooth ones. Memory: 17 bytes a tile and channel, and a row of tiles in float64 for each
-    worker.
+    suspiciously smooth ones.
     """
-    height, width, n_channels = image.shape
+    height, width, _ = picture.shape
     tile = max(8, len(blur_kernel(sigma)) // 2)
-    down, across = height // tile, width // tile
-    if min(down, across) < 2:
+    if min(height, width) < 2 * tile:
         return np.empty((0, 2), int)
+    x, y, variance = variance_of_windows(*survey_tiles(picture, tile), tile)
+    inside = (x < width - tile) & (y < height - tile)
+    return quietest_of_cells((x[inside], y[inside]), variance[inside], (height, width), n)
+
+
+def survey_tiles(picture, tile):
+    """Return sums of values and of their squares over tiles, (n_down, n_across, n_channels), and which are bad.
+
+    Bad ones, (n_down, n_across), have pixels that can't be measured, also in the row and column behind them,
+    where windows end. Memory: 17 bytes a tile and channel, and a row of tiles in float64 for each worker.
+    """
+    height, width, n_channels = picture.shape
+    across = width // tile
 
     def surveying(start, stop):
-        # Windows end with the first row and column of the tiles below and beside.
         below = min(stop + 1, height)
-        rows = image[start:below, 0:width]
+        rows = picture[start:below, 0:width]
         bad = np.any([no_data(rows[..., c:c + 1]) for c in range(n_channels)], axis=0)
         if rows.dtype.kind == 'f':
             bad |= ~np.isfinite(rows).all(axis=2)
-        if hasattr(image, 'transparent'):
-            bad |= image.transparent(start, below)
-        bad = bad.any(axis=0)
+        bad = (bad | picture.transparent(start, below)).any(axis=0)
         reached = bad[:across * tile].reshape(across, tile).any(axis=1)
-        beside = bad[tile:across * tile + 1:tile]
-        reached[:len(beside)] |= beside
+        next_column = bad[tile:across * tile + 1:tile]
+        reached[:len(next_column)] |= next_column
         # Over rows first: sums over the short last axes are slow.
         with np.errstate(invalid='ignore', over='ignore'):
             rows = rows[:tile, :across * tile].reshape(tile, -1).astype(float)
@@ -1464,21 +1711,35 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
                     for values in (rows.sum(axis=0), np.einsum('ij,ij->j', rows, rows))]
         return *sums, reached
 
-    tiles = list(starmap(surveying, row_groups(down * tile, tile)))
-    total, squares, bad = (np.array(each, float) for each in zip(*tiles))
+    tiles = list(picture.starmap(surveying, row_groups(height // tile * tile, tile)))
+    return [np.array(each) for each in zip(*tiles)]
+
+
+@np.errstate(invalid='ignore', over='ignore')
+def variance_of_windows(total, squares, bad, tile):
+    """Return x, y and variance, (n_windows, n_channels), of the windows of 2 x 2 tiles that can be measured."""
     total, squares, bad = (a[1:, 1:] + a[1:, :-1] + a[:-1, 1:] + a[:-1, :-1] for a in (total, squares, bad))
-    with np.errstate(invalid='ignore', over='ignore'):
-        mean = total / (2 * tile) ** 2
-        variance = squares / (2 * tile) ** 2 - mean**2
-        variance[variance < 1e-12 * mean**2] = 0  # rounding
-    y, x = np.mgrid[1:down, 1:across] * tile
-    good = (bad == 0) & np.isfinite(variance).all(axis=2) & (x < width - tile) & (y < height - tile)
-    if not good.any():
+    mean = total / (2 * tile) ** 2
+    variance = squares / (2 * tile) ** 2 - mean**2
+    variance[variance < 1e-12 * mean**2] = 0  # rounding
+    y, x = (tile * (np.arange(n) + 1) for n in bad.shape)
+    good = ~bad & np.isfinite(variance).all(axis=2)
+    return *(each[good] for each in np.meshgrid(x, y)), variance[good]
+
+
+def quietest_of_cells(places, variance, size, n):
+    """Return the quietest window of each cell, (n_places, 2), of n cells along the longer side of a frame.
+
+    Takes x and y of windows, their variance, (n_windows, n_channels), and (height, width). Each channel's variance
+    is measured in units of its median.
+    """
+    (x, y), (height, width) = places, size
+    if not len(x):
         return np.empty((0, 2), int)
-    typical = np.median(variance[good], axis=0)
-    structure = (variance / np.maximum(typical, TINY)).sum(axis=2)
+    typical = np.median(variance, axis=0)
+    structure = (variance / np.maximum(typical, TINY)).sum(axis=1)
     # Below a fifth of the usual scatter it was filled in, not measured.
-    good &= (variance >= 0.04 * typical).all(axis=2) & np.isfinite(structure)
+    good = (variance >= 0.04 * typical).all(axis=1) & np.isfinite(structure)
     x, y, structure = x[good], y[good], structure[good]
     cell = max(height, width) / n
     cells_across, cells_down = max(1, round(width / cell)), max(1, round(height / cell))
@@ -1490,75 +1751,56 @@ def find_quiet_places(image, n, sigma, starmap=itertools.starmap):
 
 # ---- Sky level -----------------------------------------------------------------------------------
 
-SKIES = 'gray', 'color', 'darkest'
-
-
-def find_sky(sky: str | float | None, method: str, levels: np.ndarray, model: BackgroundModel, height: int,
-             width: int, rows: int = ROWS, starmap: Callable = itertools.starmap) -> np.ndarray:
+def find_sky(fit: Fit, picture: Picture, settings: Settings) -> np.ndarray:
     """Return the level that the sky gets, (n_channels,) in data units.
 
     Parameters
     ----------
-    sky : str, float or None
+    fit : Fit
+    picture : Picture
+        For the size of the frame.
+    settings : Settings
+        Of `sky`:
+
         - 'gray': the same for all channels, the mean over them of the median level of the points;
         - 'color': the median level of each channel, so that the sky keeps its average color;
         - 'darkest': the lowest background of each channel in the frame, which takes a pass over the model;
-        - a number: this;
-        - None: 'darkest' for the classic model, or else 'color' to divide, since gray would change the colors
-          of stars, or else 'gray'.
-    method : str
-        See `correct`.
-    levels : (n_points, n_channels) ndarray
-        In data units.
-    model : BackgroundModel
-    height, width : int
-        Of the frame.
+        - a number, or one for each channel: this;
+        - None: 'darkest' for the classic model; else 'color' to divide, since gray would change the colors
+          of stars; else 'gray'.
 
     Raises
     ------
     RmgradientError
-        If `sky` is nothing of these, or to divide, if the level or the background is 0 or less.
+        If the level is far from that of the picture, or to divide, if the level or the background is 0 or less.
     """
+    sky, median = settings.sky, np.median(fit.measured.levels, axis=0)
     if sky is None:
-        sky = 'darkest' if model.choice is None else 'color' if method == 'divide' else 'gray'
-    median = np.median(levels, axis=0)
-    if sky == 'gray':
-        level = np.full_like(median, median.mean())
-    elif sky == 'color':
-        level = median
+        sky = 'darkest' if fit.adaptive is None else 'color' if settings.method == 'divide' else 'gray'
+    if not isinstance(sky, str):
+        check_sky(sky, picture)
+        level = np.broadcast_to(np.asarray(sky, float), median.shape).copy()
     elif sky == 'darkest':
-        level = find_darkest(model, height, width, rows, starmap)
-    elif isinstance(sky, numbers.Real) and math.isfinite(sky):
-        level = np.full_like(median, sky)
+        level = find_darkest(fit.model, picture, settings.rows)
     else:
-        raise RmgradientError(f'the level of the sky, {sky!r}, is neither a number nor one of '
-                              f'{", ".join(SKIES)}')
+        level = median if sky == 'color' else np.full_like(median, median.mean())
     if np.abs(level).max() > 1e9 * np.abs(median).max() > 0:
         raise RmgradientError(f'a sky level of {in_words(level)} is too far from that of the picture, '
                               f'{in_words(median)}')
-    if method == 'divide':
-        check_divisor(model, height, width, rows)
+    if settings.method == 'divide':
+        check_divisor(fit.model, picture, settings.rows)
         if (level <= 0).any():
             raise RmgradientError(f'to divide, the sky needs a level above 0, not {in_words(level)}')
     return level
 
 
-def find_darkest(model, height, width, rows=ROWS, starmap=itertools.starmap):
+def find_darkest(model, picture, rows=ROWS):
     """Return the lowest background of each channel in the frame, (n_channels,) in data units."""
-    def bounding(start, stop):
-        return model.lower_bound(start, stop, width)
-
     def evaluating(start, stop):
-        blocks = model.blocks(start, stop, width)
+        blocks = model.blocks(start, stop, picture.shape[1])
         return np.min([block.min(axis=0).min(axis=0) for _, _, block in blocks], axis=0)
 
-    # Only groups of rows are evaluated whose lower bound leaves the possibility that they hold it.
-    groups = row_groups(height, rows)
-    bounds = np.array(list(starmap(bounding, groups)))
-    first = np.unique(bounds.argmin(axis=0))
-    found = np.min([evaluating(*groups[i]) for i in first], axis=0)
-    rest = [groups[i] for i in np.flatnonzero((bounds < found).any(axis=1)) if i not in first]
-    return np.min([found, *starmap(evaluating, rest)], axis=0)
+    return np.min(list(picture.each_strip(evaluating, rows)), axis=0)
 
 
 def lowest_of_coarse(model, height, width):
@@ -1569,141 +1811,208 @@ def lowest_of_coarse(model, height, width):
     return background.min(), (int(x) * factor, int(y) * factor)
 
 
-def check_sky(sky, dtype):
-    """Raise RmgradientError if a number for the level of the sky is not in the range of an integer dtype."""
-    if isinstance(sky, numbers.Real) and np.dtype(dtype).kind in 'ui':
-        limits = np.iinfo(dtype)
-        if sky < limits.min or sky > limits.max:
-            raise RmgradientError(f'a sky level of {in_words([sky])} is not in the range of the picture, '
+def check_sky(sky, picture):
+    """Raise RmgradientError if a level of the sky has too many channels, or is beyond integers of the picture."""
+    if sky is None or isinstance(sky, str):
+        return
+    values = np.atleast_1d(sky)
+    if len(values) not in (1, picture.shape[2]):
+        raise RmgradientError(f'{len(values)} sky levels for a picture of {picture.shape[2]} channels')
+    if picture.dtype.kind in 'ui':
+        limits = np.iinfo(picture.dtype)
+        if values.min() < limits.min or values.max() > limits.max:
+            raise RmgradientError(f'a sky level of {in_words(values)} is not in the range of the picture, '
                                   f'{limits.min} to {limits.max}')
 
 
-def is_classic(model, sky):
-    """Tell whether all is to be as in the original rmgradient."""
-    return model.choice is None and sky in (None, 'darkest')
-
-
-def check_divisor(model, height, width, rows):
+def check_divisor(model, picture, rows):
     """Raise RmgradientError, with the place, unless the background is positive everywhere."""
-    lowest, place = math.inf, None
-    for start, stop in row_groups(height, rows):
-        if (model.lower_bound(start, stop, width) > 0).all():
-            continue
-        for some_rows, columns, block in model.blocks(start, stop, width):
-            if block.min() < lowest:
-                lowest = block.min()
-                y, x, _ = np.unravel_index(block.argmin(), block.shape)
-                place = columns.start + int(x), start + some_rows.start + int(y)
-    if lowest <= 0:
-        raise RmgradientError(f'the background is {lowest:g} at {place}, and can not be divided by: add a '
-                              'point of empty sky there, or subtract it')
+    def lowest_of(start, stop):
+        blocks = model.blocks(start, stop, picture.shape[1])
+        return min(((block.min(), rows.start + start, columns.start, block) for rows, columns, block in blocks
+                    if block.min() <= 0), key=lambda each: each[0], default=None)
+
+    dark = [each for each in picture.each_strip(lowest_of, rows) if each]
+    if dark:
+        lowest, top, left, block = min(dark, key=lambda each: each[0])
+        y, x, _ = np.unravel_index(block.argmin(), block.shape)
+        raise RmgradientError(f'the background is {lowest:g} at {(left + int(x), top + int(y))}, and can not be '
+                              'divided by: add a point of empty sky there, or subtract it')
 
 
 # ---- Correction ----------------------------------------------------------------------------------
 
-METHODS = 'subtract', 'stretch', 'divide'
+@dataclasses.dataclass(frozen=True)
+class Correction:
+    """What each pixel gets: the only place that rounds and limits.
 
+    With the sky at its level, see `find_sky`, and white the largest value, `settings.method` is
 
-def correct(strip: np.ndarray, shift: np.ndarray, method: str = 'subtract', sky: np.ndarray | None = None,
-            dither: np.ndarray | None = None, classic: bool = False) -> np.ndarray:
-    """Return a strip of the picture without its background.
+    - 'subtract': picture - (background - sky);
+    - 'stretch': sky + (picture - background) * (white - sky) / (white - background), so that white stays;
+    - 'divide': picture * sky / background.
 
-    Parameters
-    ----------
-    strip : (n_rows, width, n_channels) ndarray
-    shift : (n_rows, width, n_channels) float64 ndarray
-        Background minus the level of the sky, in data units, of either sign: values of
-        `BackgroundModel.above`.
-    method : str
-        - 'subtract': strip - shift;
-        - 'stretch': sky + (strip - background) * (white - sky) / (white - background), so that white, the
-          largest integer or 1.0 for floats, stays;
-        - 'divide': strip * sky / background.
-    sky : (n_channels,) ndarray, optional
-        In data units; 0 by default.
-    dither : (n_rows, width, n_channels) ndarray, optional
-        Noise uniform in -0.5 ... 0.5, added to integers before they are rounded.
-    classic : bool
-        Whether 'stretch' takes 0 for the sky, as the original rmgradient does.
-
-    Returns
-    -------
-    (n_rows, width, n_channels) ndarray
-        Of the dtype of the strip. Integers are rounded to nearest and limited to their range. Floats are
-        only cast: negative values stay, and so does NaN.
-
-    Raises
-    ------
-    RmgradientError
-        If a strip to be stretched holds floats above white, or background as bright as that.
+    The classic way (`Settings.is_classic`) takes 0 for the sky to stretch.
     """
-    if method == 'subtract':
-        if strip.dtype.kind in 'ui':
-            return _subtract_integers(strip, shift if dither is None else shift - dither)
-        return to_dtype(strip - shift, strip.dtype)
-    if method == 'divide':
-        return to_dtype(strip * (sky / (shift + sky)), strip.dtype, dither)
-    white = np.iinfo(strip.dtype).max if strip.dtype.kind in 'ui' else 1.0
-    if strip.dtype.kind == 'f' and (strip > white).any():
-        raise RmgradientError('stretching takes 1.0 for white, but there are values up to '
-                              f'{np.nanmax(strip):g}; divide the picture by that first')
-    sky = 0 if sky is None or classic else sky
-    background = shift + sky
-    if background.max() >= white:
-        raise RmgradientError(f'stretching can not keep white, {white:g}, where the background is '
-                              f'{background.max():g}')
-    return to_dtype((strip - background) / (white - background) * (white - sky) + sky, strip.dtype, dither)
+
+    fit: Fit
+    sky: np.ndarray  # (n_channels,), data units
+    dtype: np.dtype  # of the picture
+    settings: Settings
+    misfits: list[tuple[int, float]]  # points that do not fit, see `find_misfits`
+
+    @property
+    def points(self) -> Points:
+        """The points that the background goes through."""
+        return self.fit.measured.points
+
+    @property
+    def levels(self) -> np.ndarray:
+        """Levels of the background at the points, (n_points, n_channels), in data units."""
+        return self.fit.measured.levels
+
+    @property
+    def model(self) -> BackgroundModel:
+        """The background: `model.evaluate(0, height, width)`."""
+        return self.fit.model
+
+    @property
+    def white(self) -> float:
+        """The largest value: of integers the largest, of floats 1.0."""
+        return float(np.iinfo(self.dtype).max) if self.dtype.kind in 'ui' else 1.0
+
+    def apply(self, image: ArrayLike | Picture, start: int = 0) -> np.ndarray:
+        """Return a picture without its background.
+
+        Parameters
+        ----------
+        image : (n_rows, width, n_channels) or (n_rows, width) array_like, or a Picture
+            Rows of the picture that the correction was made for, or of one like it.
+        start : int
+            Where the first of them is in the frame.
+
+        Returns
+        -------
+        ndarray
+            Of the shape and dtype of the image, in native byte order. Integers are rounded to nearest and limited to
+            their range. Floats are only cast: negative values stay, and so does NaN.
+
+        Raises
+        ------
+        RmgradientError
+            If the image has other channels than the correction, or is to be stretched and holds floats above white.
+        """
+        picture = as_picture(image)
+        height, width, n_channels = picture.shape
+        if n_channels != self.model.n_channels:
+            raise RmgradientError(f'{n_channels} channels, and the correction is for {self.model.n_channels}')
+        corrected = np.empty(picture.shape, picture.dtype)
+        for first, last in row_groups(height, self.settings.rows):
+            corrected[first:last] = self.corrected_strip(picture, first, last, start)[0][..., :n_channels]
+        return corrected if isinstance(image, Picture) else corrected.reshape(np.shape(image))
+
+    def corrected_strip(self, picture, first, last, start=0):
+        """Return rows first to last - 1 of a picture, which begins at a row of the frame, without background.
+
+        Extra samples stay as they are. Pixels without data stay, too, see `no_data`, which the classic way does not
+        know; so do blank ones, and nothing else becomes blank. Returns all samples, and how many pixels have a
+        channel that became the smallest, and the largest integer.
+        """
+        strip, n_channels = picture.read(first, last), self.model.n_channels
+        color, n_limited = strip[..., :n_channels], np.zeros(2, int)
+        untouched = np.zeros(strip.shape[:2], bool) if self.settings.is_classic else no_data(color)
+        kept, above = strip[untouched], self.model.above(self.sky)
+        noise = self.dither_noise(0, start + first, color.shape) if self.settings.dither else None
+        for rows, columns, shift in above.blocks(start + first, start + last, strip.shape[1]):
+            before = color[rows, columns]
+            with np.errstate(all='ignore'):  # infinite pixels, and signaling NaN
+                if self.settings.method == 'stretch':
+                    self.check_white(before, shift)
+                after = self.leveled(before, shift)
+                after = to_range(after, strip.dtype, noise[rows, columns] if self.settings.dither else None)
+                if picture.blank is not None:
+                    after = np.where(before == picture.blank, before, keep_off(after, picture.blank, strip.dtype))
+                n_limited += newly_limited(before, after)
+                before[...] = after
+        strip[untouched] = kept
+        return strip, n_limited
+
+    def leveled(self, values, shift):
+        """Return float64 values without background, neither rounded nor limited.
+
+        Shift is the background above the sky, float64 in data units, which may be overwritten.
+        """
+        if self.settings.method == 'subtract':
+            return np.subtract(values, shift, out=shift)
+        if self.settings.method == 'divide':
+            return values * (self.sky / (shift + self.sky))
+        sky = 0 if self.settings.is_classic else self.sky
+        background = shift + sky
+        return (values - background) / (self.white - background) * (self.white - sky) + sky
+
+    def check_white(self, values, shift):
+        """Raise RmgradientError if floats are above white, or the background is as bright."""
+        if values.dtype.kind == 'f' and (values > self.white).any():
+            raise RmgradientError('stretching takes 1.0 for white, but there are values up to '
+                                  f'{np.nanmax(values):g}; divide the picture by that first')
+        background = (shift + (0 if self.settings.is_classic else self.sky)).max()
+        if background >= self.white:
+            raise RmgradientError(f'stretching can not keep white, {self.white:g}, where the background is '
+                                  f'{background:g}')
+
+    def background_strip(self, picture, start, stop):
+        """Return rows of the background in the picture's dtype, and how many pixels are beyond what that holds."""
+        background = self.model.evaluate(start, stop, picture.shape[1])
+        noise = self.dither_noise(1, start, background.shape) if self.settings.dither else None
+        n_unfit = count_unfit(background, picture.dtype)
+        background = to_range(background, picture.dtype, noise)
+        if picture.blank is not None:
+            background = keep_off(background, picture.blank, picture.dtype)
+        return background.astype(picture.dtype), n_unfit
+
+    def dither_noise(self, stream, start, shape):
+        """Return noise for rows from start on, uniform in -0.5 ... 0.5, of the shape (n_rows, width, n_channels).
+
+        Each row of each picture has its own generator, so that neither threads nor groups of rows matter, and
+        the noise of stacked pictures averages out: the levels at the points tell pictures apart. Stream: 0 for
+        the picture, 1 for its background.
+        """
+        key = zlib.crc32(np.ascontiguousarray(self.levels))
+        rows = range(start, start + shape[0])
+        return np.stack([np.random.default_rng([key, stream, row]).random(shape[1:]) for row in rows]) - 0.5
 
 
-def to_dtype(values, dtype, dither=None):
-    """Return float64 values in a dtype, integers after dither, rounding and limiting."""
-    if np.dtype(dtype).kind == 'f':
-        with np.errstate(over='ignore'):  # a huge value becomes infinite
-            return values.astype(dtype)
-    values = np.rint(values if dither is None else values + dither)
+def range_of(dtype):
+    """Return the smallest and the largest float64 that integers of a dtype hold."""
     lowest, highest = np.iinfo(dtype).min, np.iinfo(dtype).max
-    if float(highest) > highest:  # 2^64 - 1 is no float64
-        highest = math.nextafter(float(highest), 0)
-    return np.clip(values, lowest, highest).astype(dtype)
+    # 2^64 - 1 is no float64.
+    return float(lowest), math.nextafter(float(highest), 0) if float(highest) > highest else float(highest)
 
 
-def _subtract_integers(strip, shift):
-    """Return strip - shift, rounded and limited.
+def to_range(values, dtype, noise=None):
+    """Return float64 values that an integer dtype holds: after dither, rounding and limiting; floats as they are.
 
-    Rounding the shift instead of the difference allows exact integers of the strip's own size, which are
-    several times faster than float64; it differs only where the difference is halfway between two integers.
+    Integers are made in place.
     """
-    unsigned, signed = (np.dtype(f'{kind}{strip.itemsize}') for kind in 'ui')
-    shift = np.rint(shift)
-    lowest, highest = shift.min(), shift.max()
-    if max(-lowest, highest) >= 2.0 ** (8 * strip.itemsize - 1):
-        return to_dtype(strip - shift, strip.dtype)
-    shift = shift.astype(signed)
-    # Counted from the lowest value of the dtype, all is unsigned. Limited first, the difference can't wrap.
-    result = turn_sign(strip, unsigned)
-    if highest > 0:
-        result = np.maximum(result, np.maximum(shift, 0).view(unsigned))
-    if lowest < 0:
-        result = np.minimum(result, ~np.maximum(-shift, 0).view(unsigned))  # ~x is the largest value less x
-    return turn_sign(result - shift.view(unsigned), strip.dtype)
-
-
-def turn_sign(values, dtype):
-    """Return integers in a dtype of the same size, offset by half their range if that has another sign."""
-    if values.dtype == dtype:
+    if np.dtype(dtype).kind == 'f':
         return values
-    unsigned = values.view(f'u{dtype.itemsize}')
-    return (unsigned ^ unsigned.dtype.type(1 << 8 * dtype.itemsize - 1)).view(dtype)
+    if noise is not None:
+        values += noise
+    return np.clip(np.rint(values, out=values), *range_of(dtype), out=values)
 
 
 def newly_limited(before, after):
-    """Return how many pixels have a channel newly at the smallest, and at the largest integer."""
+    """Return how many pixels have a channel newly at the smallest, and at the largest integer of `before`.
+
+    After: float64 values of `to_range`.
+    """
     counts = np.zeros(2, int)
-    if after.dtype.kind in 'ui':
-        limits = np.iinfo(after.dtype)
-        for i, (limit, reached) in enumerate([(limits.min, after.min()), (limits.max, after.max())]):
-            if reached == limit:
-                counts[i] = np.count_nonzero(((after == limit) & (before != limit)).any(axis=2))
+    if before.dtype.kind in 'ui':
+        lowest, highest = range_of(before.dtype)
+        if after.min() == lowest:
+            counts[0] = np.count_nonzero(((after == lowest) & (before > lowest)).any(axis=2))
+        if after.max() == highest:
+            counts[1] = np.count_nonzero(((after == highest) & (before < highest)).any(axis=2))
     return counts
 
 
@@ -1717,80 +2026,91 @@ def count_unfit(values, dtype):
     return np.count_nonzero(((values < limits.min) | (values > limits.max)).any(axis=2))
 
 
-def dither_noise(start, stop, width, n_channels, stream=0):
-    """Return (stop - start, width, n_channels) values, uniform in -0.5 ... 0.5, each by its place alone.
+def keep_off(values, blank, dtype):
+    """Return whole float64 values of which none is the one that stands for no data."""
+    return np.where(values == blank, blank - 1 if blank == np.iinfo(dtype).max else blank + 1, values)
 
-    Each row has its own part of the sequence of Philox, a counter-based generator (Salmon et al. 2011,
-    Parallel random numbers: as easy as 1, 2, 3), so that neither threads nor groups of rows matter.
-    `stream` tells pictures apart.
+
+# ---- Chain ---------------------------------------------------------------------------------------
+
+def measure_points(picture: Picture, points: Points | None, settings: Settings, reference: Picture | None) -> Measured:
+    """Measure points, or choose and measure them if `settings.auto` says so: points given are certain then."""
+    if settings.auto is None:
+        return measure_levels(picture, points, settings.sigma)
+    if reference is None:
+        return choose_points(picture, settings.auto or AUTO, settings.sigma, points)
+    n = settings.auto or REFERENCE_AUTO
+    points = places_beside_reference((picture, reference), n, settings.sigma, points)
+    return measure_levels(picture, points, settings.sigma)
+
+
+def correction_of(picture: Picture, measured: Measured, settings: Settings,
+                  reference: Picture | None = None) -> Correction:
+    """Return the correction of a picture from what was measured: for command, window and Python alike."""
+    if reference is None:
+        fit = fit_background(measured, settings.smooth)
+    else:
+        with about(reference.path):
+            levels = measure_levels(reference, measured.points, settings.sigma).levels
+            fit = fit_beside_reference(measured, levels)
+    misfits = [] if reference else find_misfits(fit)
+    sky = find_sky(fit, picture, settings)
+    return Correction(fit, sky, picture.dtype, settings, misfits)
+
+
+def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str, *,
+                    reference: ArrayLike | Picture | None = None, **settings: Any) -> Correction:
+    """Find the background gradient of a picture, as the command does.
+
+    Parameters
+    ----------
+    image : (height, width) or (height, width, n_channels) array_like, or a Picture
+        Integers or floats. All channels are taken for colors: leave alpha out.
+    points : Points, (n_points, 2) array_like, or 'auto'
+        See `make_points`; with 'auto', `choose_points` chooses them.
+    reference : (height, width) or (height, width, n_channels) array_like, or a Picture, optional
+        Registered picture of the same field, see `fit_beside_reference`; for the adaptive model.
+    **settings
+        Fields of `Settings`: sigma, smooth, sky, method, dither, rows; auto adds automatic points to those given.
+
+    Returns
+    -------
+    Correction
+        Its `apply` gives the picture without its background; it has the points, levels, fit, sky and model.
+
+    Raises
+    ------
+    RmgradientError
+        If image, points and settings don't go together; the message says why.
     """
-    sources = [np.random.Philox(key=stream, counter=[0, 0, 0, row]) for row in range(start, stop)]
-    return np.stack([np.random.Generator(each).random((width, n_channels)) for each in sources]) - 0.5
+    if isinstance(points, str):
+        if points != 'auto':
+            raise RmgradientError(f"points are {points!r}, neither coordinates nor 'auto'")
+        settings = {'auto': 0, **settings}
+    chain = Settings(**settings)
+    picture = as_picture(image)
+    check_sky(chain.sky, picture)
+    given = None if isinstance(points, str) else points if isinstance(points, Points) else make_points(points)
+    beside = None
+    if reference is not None:
+        if chain.smooth != 'auto':
+            raise RmgradientError("a reference needs smooth='auto'")
+        beside = as_picture(reference)
+        check_reference(picture.shape, beside.shape)
+    return correction_of(picture, measure_points(picture, given, chain, beside), chain, beside)
 
 
-def correct_rows(strip, start, model, method='subtract', sky=None, dither=False, classic=False, blank=None):
-    """Remove the background, in place, from a strip of (n_rows, width, n_samples) that begins at a row.
+def remove_gradient(image: ArrayLike | Picture, points: ArrayLike | Points | str, *,
+                    reference: ArrayLike | Picture | None = None, **settings: Any) -> np.ndarray:
+    """Remove the background gradient from an array, as the command does from a file.
 
-    Color channels come first; further samples stay as they are. The model is above the level of the sky;
-    method, sky and classic as in `correct`. Pixels without data stay as they are, see `no_data`, of which
-    the classic way knows nothing. `blank` is a value that stands for no data anywhere: it stays, and nothing
-    else becomes it. Returns how many pixels became black and white, see `newly_limited`.
+    Parameters as in `find_correction`. Returns an array of the shape and dtype of the image, in native byte order; the
+    image itself is not changed. Memory: the result, and a few groups of rows in float64.
     """
-    stop, width, n_channels = start + len(strip), strip.shape[1], model.n_channels
-    noise = dither_noise(start, stop, width, n_channels) if dither else None
-    color, n_limited = strip[..., :n_channels], np.zeros(2, int)
-    empty = np.zeros(strip.shape[:2], bool) if classic else no_data(color)
-    kept = strip[empty]
-    for rows, columns, shift in model.blocks(start, stop, width):
-        before = color[rows, columns]
-        with np.errstate(all='ignore'):  # infinite pixels, and signaling NaN
-            corrected = correct(before, shift, method, sky, noise[rows, columns] if dither else None, classic)
-        if blank is not None:
-            corrected = np.where(before == blank, before, keep_off(corrected, blank))
-        n_limited += newly_limited(before, corrected)
-        before[...] = corrected
-    strip[empty] = kept
-    return n_limited
+    return find_correction(image, points, reference=reference, **settings).apply(image)
 
 
-def keep_off(values, blank):
-    """Return integers of which none is a value that stands for no data."""
-    neighbor = blank - 1 if blank == np.iinfo(values.dtype).max else blank + 1
-    return np.where(values == blank, values.dtype.type(neighbor), values)
-
-
-def correct_binned(picture, background, method, sky, dtype, classic=False):
-    """Return a binned picture, float64, without its background, and where it became black, bool."""
-    white, lowest = (np.iinfo(dtype).max, np.iinfo(dtype).min) if dtype.kind in 'ui' else (1.0, 0)
-    with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
-        shift = (background - sky) / white
-        after = correct(picture / white, shift, method, sky / white, classic=classic) * white
-    after = np.where(no_data(picture)[..., None], picture, after)
-    return after, ((after <= lowest) & (picture > lowest)).any(axis=2)
-
-
-def stretch_midtones(picture, like=None):
-    """Return a picture in 0 ... 1, stretched so that faint light shows, with one curve for all channels.
-
-    The screen transfer function of astronomers, of this picture or of another, `like`: black 2.8 deviations
-    (see `robust_std`) below the median, and the midtones transfer function that takes the median to 1/4.
-    """
-    values = (picture if like is None else like).ravel()
-    most = values.max(where=np.isfinite(values), initial=-np.inf)
-    values = values[::max(1, len(values) // 10**5)]  # enough for medians
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return np.zeros(picture.shape)
-    median = np.median(values)
-    black = max(median - 2.8 * robust_std(values - median), values.min())
-    scale = max(most - black, TINY)
-    middle = min(max((median - black) / scale, 1e-6), 0.999)
-    midtones = 3 * middle / (2 * middle + 1)  # solves (m - 1) x / ((2 m - 1) x - m) = 1/4 for m at x = middle
-    x = np.clip((picture - black) / scale, 0, 1)
-    return np.clip((midtones - 1) * x / ((2 * midtones - 1) * x - midtones), 0, 1)
-
-
-# ---- Pictures ------------------------------------------------------------------------------------
+# ---- Picture files -------------------------------------------------------------------------------
 
 class RandomAccess:
     """The bytes of an open file; may be read from several threads."""
@@ -1805,14 +2125,14 @@ class RandomAccess:
             raise Damage(f'it ends at byte {self.size}, {offset + size - self.size} bytes too early')
         parts = []
         while size:
-            part = self._read_some(offset, min(size, 2**30))  # systems read at most 2 GiB at once
+            part = self._read_part(offset, min(size, 2**30))  # systems read at most 2 GiB at once
             if not part:
                 raise Damage(f'it ends at byte {offset}, {size} bytes too early')
             parts.append(part)
             offset, size = offset + len(part), size - len(part)
         return b''.join(parts)
 
-    def _read_some(self, offset, size):
+    def _read_part(self, offset, size):
         if hasattr(os, 'pread'):
             return os.pread(self._file.fileno(), size, offset)
         with self._lock:  # Windows
@@ -1820,26 +2140,17 @@ class RandomAccess:
             return self._file.read(size)
 
 
-class Picture(contextlib.AbstractContextManager):
-    """An open picture file that gives any of its rows; each format has a class that fills this in.
+class FilePicture(Picture):
+    """An open picture file; each format has a class that fills this in."""
 
-    Wherever a window of rows and columns is cut out of a (height, width, n_channels) array, this serves as
-    well: it has `shape` and `dtype`, and `image[top:bottom, left:right]` is an array of the color channels.
-    `read` gives extra samples (alpha), too; it may be called from several threads.
-    """
-
-    name: str  # of the format
-    endings: tuple  # of its files
-    shape: tuple  # height, width and number of color channels
-    n_samples: int  # color channels plus extra samples
-    dtype: np.dtype  # in native byte order
-    warnings: list  # what was left out, in words
-    blank = None  # value of integers that stands for no data; windows have NaN there, `read` the value
-    bottom_up = False  # whether the first row is at the bottom
-    can_compress = False  # whether its writer does
+    format: str
+    endings: tuple[str, ...]  # of its files
+    can_compress = False
+    remarks: list[str]  # what is left out
 
     def __init__(self, path):
-        self._file, self.warnings = open(path, 'rb'), []  # noqa: SIM115
+        self.path, self.remarks = os.fspath(path), []
+        self._file = open(path, 'rb')  # noqa: SIM115
         try:
             with self._damage():
                 self._open()
@@ -1847,11 +2158,26 @@ class Picture(contextlib.AbstractContextManager):
             self.close()
             raise
 
-    def __exit__(self, *_):
-        self.close()
+    def _open(self):
+        raise NotImplementedError
 
     def close(self):
         self._file.close()
+
+    def write(self, file, strip_at, kind, settings):
+        """Write a picture like this one into a seekable file, strip by strip.
+
+        Parameters
+        ----------
+        file : binary file
+        strip_at : callable
+            Gives rows start to stop - 1, (n_rows, width, n_samples) for the output, (n_rows, width, n_channels)
+            for the background; called in threads.
+        kind : 'output' or 'background'
+        settings : Settings
+            Of rows a strip, and of compression.
+        """
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def _damage(self):
@@ -1863,28 +2189,10 @@ class Picture(contextlib.AbstractContextManager):
         except (RmgradientError, OSError, MemoryError):
             raise
         except Exception as error:
-            what = f'{self.name} libraries can not read it'
+            what = f'{self.format} libraries can not read it'
             if type(error).__module__.startswith('imagecodecs'):
                 what = 'its strips or tiles can not be decoded'
             raise RmgradientError(f'damaged: {what}') from error
-
-    def __getitem__(self, window):
-        rows, columns = window
-        color = self.read(rows.start, rows.stop, columns.start, columns.stop)[..., :self.shape[2]]
-        return color if self.blank is None else np.where(color == self.blank, np.nan, color)
-
-
-def read_binned(image, left, right, top, bottom, n=1000):
-    """Return a part of the picture binned to about n x n pixels at most, float64, and by which factor."""
-    factor, rows = max(1, -(-max(right - left, bottom - top) // n)), []
-    edges = np.arange(0, right - left, factor)
-    counts = np.diff([*edges, right - left])[:, None]
-    for start in range(top, bottom, factor):
-        # Few rows of each block are read, so that a large picture opens as fast as a small one.
-        stop = min(start + min(factor, 4 if factor < 8 else 1), bottom)
-        some = image[start:stop, left:right].astype(float).mean(axis=0)
-        rows.append(np.add.reduceat(some, edges, axis=0) / counts)
-    return np.stack(rows), factor
 
 
 # ---- TIFF directories ----------------------------------------------------------------------------
@@ -1980,7 +2288,7 @@ def pack_directory(tags, offset, byteorder, bigtiff):
     return b''.join([head.pack(len(tags)), *entries, pointer.pack(0), *values])
 
 
-# ---- TIFF input ----------------------------------------------------------------------------------
+# ---- TIFF ----------------------------------------------------------------------------------
 
 EXIF, GPS, INTEROPERABILITY, ICC, XMP, DESCRIPTION = 34665, 34853, 40965, 34675, 700, 270
 METAMORPH, IMAGEJ = range(33628, 33632), (50838, 50839)  # of all planes of a stack
@@ -2001,27 +2309,14 @@ NAMES_OF_COLORS = {3: 'a palette', 4: 'a transparency mask', 5: 'CMYK', 6: 'YCbC
                    32844: 'CIE Log L', 32845: 'CIE Log Luv'}
 
 
-class TiffProfile(NamedTuple):
-    """What makes a TIFF picture one of its kind beside its pixels."""
-
-    shape: tuple  # height, width and number of color channels
-    n_samples: int
-    dtype: np.dtype
-    photometric: int
-    extra_samples: list
-    byteorder: str
-    bigtiff: bool
-    tags: list
-
-
-class TiffImage(Picture):
+class TiffImage(FilePicture):
     """An open TIFF picture. Gray ones whose zero is white are read inverted: light is positive.
 
     Memory: of an uncompressed file, no more than the rows asked for. Of a compressed one, the segments
     (strips or tiles) that hold the rows, decoded, and those of the requests under way in other threads.
     """
 
-    name, endings, can_compress = 'TIFF', ('.tif', '.tiff'), True
+    format, endings, can_compress = 'TIFF', ('.tif', '.tiff'), True
 
     def _open(self):
         self._bytes = file = TiffBytes(self._file)
@@ -2031,17 +2326,18 @@ class TiffImage(Picture):
         check_segments(page, file.size)
         self.n_samples, self.dtype = page.samplesperpixel, page.dtype.newbyteorder('=')
         self.shape = page.imagelength, page.imagewidth, 3 if page.photometric == 2 else 1
-        extra_samples, self._unreadable = [int(kind) for kind in page.extrasamples], []
+        self._photometric, self._extra_samples = int(page.photometric), [int(kind) for kind in page.extrasamples]
+        self.alpha = self.shape[2] + self._extra_samples.index(2) if 2 in self._extra_samples else None
+        self._unreadable = []
         tags, n_pages = self._read_tags(entries), 1 + self._count_pictures(next_directory)
-        self.warnings += [f'{what} cannot be read and is left out' for what in self._unreadable[:3]]
+        self.remarks += [f'{what} cannot be read and is left out' for what in self._unreadable[:3]]
         if n_more := len(self._unreadable[3:]):
-            self.warnings.append(f'{n_more} more tags cannot be read and are left out')
-        tags, n_pages = first_of_stack(tags, n_pages, math.prod(page.shape), file.size // page.nbytes)
-        self.profile = TiffProfile(self.shape, self.n_samples, self.dtype, int(page.photometric),
-                                   extra_samples, file.byteorder, file.bigtiff, tags)
+            self.remarks.append(f'{n_more} more tags cannot be read and are left out')
+        most_planes = file.size // page.nbytes
+        self._tags, n_pages = first_of_stack(tags, n_pages, math.prod(page.shape), most_planes)
         if n_pages > 1:
             verb = 'is' if n_pages == 2 else 'are'
-            self.warnings.append(f'only the first of {n_pages} pages is corrected, '
+            self.remarks.append(f'only the first of {n_pages} pages is corrected, '
                                  f'{n_pages - 1} {verb} left out')
         self._grid = grid_of_segments(page)
         # Filled backward or differenced bytes have to be decoded whole, like compressed ones.
@@ -2063,19 +2359,7 @@ class TiffImage(Picture):
         directory = pack_directory(tags.values(), len(head), file.byteorder, file.bigtiff)
         return tifffile.TiffFile(io.BytesIO(head + directory)).pages.first
 
-    def transparent(self, start, stop):
-        """Tell which pixels of rows start to stop - 1 have an alpha of 0, (n_rows, width)."""
-        if 2 not in self.profile.extra_samples:
-            return np.zeros((stop - start, self.shape[1]), bool)
-        return self.read(start, stop)[..., self.shape[2] + self.profile.extra_samples.index(2)] == 0
-
-    def writer(self, file, kind, rows, compress):
-        """Return a TiffStrips."""
-        profile = self.profile if kind == 'output' else self.profile._replace(n_samples=self.shape[2])
-        return TiffStrips(file, profile, rows, compress)
-
     def read(self, start, stop, left=0, right=None):
-        """Return rows start to stop - 1 as a (n_rows, n_columns, n_samples) ndarray in native byte order."""
         right = right or self.shape[1]
         segment_height, segment_width, planes, down, across = self._grid
         window = np.empty((stop - start, right - left, self.n_samples), self.dtype)
@@ -2095,13 +2379,13 @@ class TiffImage(Picture):
             samples = slice(plane, plane + 1) if planes > 1 else slice(None)
             window[first - start:last - start, first_x - left:last_x - left, samples] = segment
         with np.errstate(invalid='ignore'):  # signaling NaN
-            return invert(window) if self.profile.photometric == 0 else window
+            return invert(window) if self._photometric == 0 else window
 
     def _segment_rows(self, index, start, stop, n_segments):
         """Return rows of a strip or tile, counted from its top, of which the caller needs `n_segments`."""
         if not self._is_plain:
             return self._decode_once(index, n_segments)[start:stop]
-        dtype = self.dtype.newbyteorder(self.profile.byteorder)
+        dtype = self.dtype.newbyteorder(self._bytes.byteorder)
         _, width, planes, _, _ = self._grid
         samples = self.n_samples // planes
         row = width * samples * dtype.itemsize
@@ -2124,6 +2408,57 @@ class TiffImage(Picture):
             except BaseException as error:
                 future.set_exception(error)
         return future.result()
+
+    def write(self, file, strip_at, kind, settings):
+        """Write strips as a TIFF like this one into a seekable file, see `FilePicture.write`."""
+        n_samples = self.n_samples if kind == 'output' else self.shape[2]
+        size = self.shape[0] * self.shape[1] * n_samples * self.dtype.itemsize
+        size += sum(len(tag.value) for tag in self._tags)
+        # Deflate makes noise no more than a little longer; 64 MB are left for that and for the tags.
+        bigtiff = self._bytes.bigtiff or size > 2**32 - 2**26
+        predictor = predictor_for(self.dtype) if settings.compress else 1
+        stored = self.dtype.newbyteorder(self._bytes.byteorder)
+
+        def encoding(start, stop):
+            strip = strip_at(start, stop)
+            strip = invert(strip) if self._photometric == 0 else strip
+            return encode_strip(strip, stored, predictor, settings.compress)
+
+        offsets, sizes = [], []
+        file.write(pack_head(self._bytes.byteorder, bigtiff))  # the one that leads somewhere comes last
+        for data in self.each_strip(encoding, settings.rows):
+            offsets.append(file.tell())
+            sizes.append(file.write(data))
+            if sizes[-1] % 2:
+                file.write(b'\0')  # values begin at even offsets
+        end, place = file.tell(), LONG8 if bigtiff else LONG
+        structure = self._structure(n_samples) | {
+            'Compression': (SHORT, [8 if settings.compress else 1]), 'StripOffsets': (place, offsets),
+            'RowsPerStrip': (LONG, [min(settings.rows, self.shape[0])]), 'StripByteCounts': (place, sizes)}
+        if predictor != 1:
+            structure['Predictor'] = SHORT, [predictor]
+        tags = [self._pack_tag(name, *values) for name, values in structure.items()]
+        tags += [first_samples(tag, n_samples) for tag in self._tags]
+        file.write(pack_directory(tags, end, self._bytes.byteorder, bigtiff))
+        file.seek(0)
+        file.write(pack_head(self._bytes.byteorder, bigtiff, end))
+
+    def _structure(self, n_samples):
+        """Return {name: (type, values)} of the tags that say what the pixels are."""
+        height, width, n_channels = self.shape
+        structure = {'ImageWidth': (LONG, [width]), 'ImageLength': (LONG, [height]),
+                     'BitsPerSample': (SHORT, [self.dtype.itemsize * 8] * n_samples),
+                     'PhotometricInterpretation': (SHORT, [self._photometric]),
+                     'SamplesPerPixel': (SHORT, [n_samples]), 'PlanarConfiguration': (SHORT, [1]),
+                     'SampleFormat': (SHORT, ['uif'.index(self.dtype.kind) + 1] * n_samples)}
+        if n_samples > n_channels and self._extra_samples:
+            structure['ExtraSamples'] = SHORT, self._extra_samples
+        return structure
+
+    def _pack_tag(self, name, type_, values):
+        """Return a Tag of unsigned integers."""
+        data = struct.pack(f'{self._bytes.byteorder}{len(values)}{NUMBERS[type_]}', *values)
+        return Tag(tifffile.TIFF.TAGS[name], type_, len(values), data)
 
     def _read_tags(self, entries, inside=None):
         """Return the tags of the first directory, or inside of one, worth keeping, byte for byte."""
@@ -2159,7 +2494,7 @@ class TiffImage(Picture):
                 tags = {code: self._bytes.numbers(type_, 1, offset)[0] for code, type_, _, offset in entries
                         if code in (254, 255, 256, 257)}
             except (KeyError, Damage, OSError):
-                self.warnings.append('a further page is damaged and left out')
+                self.remarks.append('a further page is damaged and left out')
                 break
             is_level = any(abs(tags.get(256, 0) - width / 2**k) < 1 > abs(tags.get(257, 0) - height / 2**k)
                            for k in range(1, 16))
@@ -2194,6 +2529,35 @@ def invert(rows):
     """Turn the gray of a picture whose zero is white into one whose zero is black, and back; alpha stays."""
     gray = rows[..., :1]
     return np.concatenate([1 - gray if rows.dtype.kind == 'f' else ~gray, rows[..., 1:]], axis=-1)
+
+
+def predictor_for(dtype):
+    """Return the predictor to compress with: differences of integers, or bytes of floats.
+
+    Programs disagree about differences of 64 bit integers.
+    """
+    return 3 if dtype.kind == 'f' else 2 if dtype.itemsize < 8 else 1
+
+
+def encode_strip(strip, stored, predictor, level):
+    """Return the bytes of a (n_rows, width, n_samples) strip in the dtype of a file; level 0: no compression.
+
+    tifffile writes strips, too, but neither rational numbers nor resolutions nor sub-directories byte for byte, so
+    that the whole file is put together here.
+    """
+    if predictor == 2:
+        strip = imagecodecs.delta_encode(np.ascontiguousarray(strip), axis=-2)
+    data = np.ascontiguousarray(strip, stored)
+    if predictor == 3:
+        data = imagecodecs.floatpred_encode(data, axis=-2)
+    return imagecodecs.deflate_encode(data.tobytes(), level) if level else data
+
+
+def first_samples(tag, n_samples):
+    """Return a Tag of a value a sample cut to the first samples, and others as they are."""
+    if tag.code not in PER_SAMPLE_TAGS or tag.count <= n_samples:
+        return tag
+    return tag._replace(count=n_samples, value=tag.value[:n_samples * TYPE_SIZES[tag.type]])
 
 
 def check_layout(structure):
@@ -2278,78 +2642,6 @@ def check_segments(page, file_size):
         raise Damage(f'segments of {sum(sizes)} bytes overlap in a file of {file_size}')
 
 
-# ---- TIFF output ---------------------------------------------------------------------------------
-
-class TiffStrips:
-    """A TIFF of a TiffProfile that is written strip by strip, of some rows, into a seekable file.
-
-    `compress` is 0 or the level of deflate, with a predictor. tifffile writes most of what is needed, but
-    neither rational numbers nor resolutions nor sub-directories byte for byte, so that the directory is put
-    together here.
-    """
-
-    def __init__(self, file, profile, rows, compress):
-        self._file, self._profile, self._compress = file, profile, compress
-        height, width, _ = profile.shape
-        self._rows = min(rows, height)
-        self._dtype = profile.dtype.newbyteorder(profile.byteorder)
-        # Differences of integers, or bytes of floats; programs disagree about differences of 64 bit integers.
-        predictor = 3 if profile.dtype.kind == 'f' else 2 if profile.dtype.itemsize < 8 else 1
-        self._predictor = predictor if compress else 1
-        # Deflate makes noise no more than a little longer; 64 MB are left for that and for the tags.
-        size = height * width * profile.n_samples * profile.dtype.itemsize
-        size += sum(len(tag.value) for tag in profile.tags)
-        self.bigtiff = profile.bigtiff or size > 2**32 - 2**26
-        self._offsets, self._sizes = [], []
-        file.write(pack_head(profile.byteorder, self.bigtiff))  # `finish` writes the one that leads somewhere
-
-    def encode(self, strip):
-        """Return the bytes of a (n_rows, width, n_samples) strip; may be called from several threads."""
-        if self._profile.photometric == 0:
-            strip = invert(strip)
-        if self._predictor == 2:
-            strip = imagecodecs.delta_encode(np.ascontiguousarray(strip), axis=-2)
-        data = np.ascontiguousarray(strip, self._dtype)
-        if self._predictor == 3:
-            data = imagecodecs.floatpred_encode(data, axis=-2)
-        return imagecodecs.deflate_encode(data.tobytes(), self._compress) if self._compress else data
-
-    def append(self, data):
-        """Write an encoded strip."""
-        self._offsets.append(self._file.tell())
-        self._sizes.append(self._file.write(data))
-        if self._sizes[-1] % 2:
-            self._file.write(b'\0')  # values begin at even offsets
-
-    def finish(self):
-        """Write the directory, and the header that points to it."""
-        profile, offset = self._profile, self._file.tell()
-        order, n_samples = profile.byteorder, profile.n_samples
-        height, width, n_channels = profile.shape
-        place = LONG8 if self.bigtiff else LONG
-        structure = {'ImageWidth': (LONG, [width]), 'ImageLength': (LONG, [height]),
-                     'BitsPerSample': (SHORT, [profile.dtype.itemsize * 8] * n_samples),
-                     'Compression': (SHORT, [8 if self._compress else 1]),
-                     'PhotometricInterpretation': (SHORT, [profile.photometric]),
-                     'StripOffsets': (place, self._offsets), 'SamplesPerPixel': (SHORT, [n_samples]),
-                     'RowsPerStrip': (LONG, [self._rows]), 'StripByteCounts': (place, self._sizes),
-                     'PlanarConfiguration': (SHORT, [1]),
-                     'SampleFormat': (SHORT, ['uif'.index(profile.dtype.kind) + 1] * n_samples)}
-        if self._predictor != 1:
-            structure['Predictor'] = SHORT, [self._predictor]
-        if n_samples > n_channels and profile.extra_samples:
-            structure['ExtraSamples'] = SHORT, profile.extra_samples
-        tags = [Tag(tifffile.TIFF.TAGS[name], type_, len(values), struct.pack(
-            f'{order}{len(values)}{NUMBERS[type_]}', *values)) for name, (type_, values) in structure.items()]
-        for tag in profile.tags:
-            if tag.code in PER_SAMPLE_TAGS and tag.count > n_samples:
-                tag = tag._replace(count=n_samples, value=tag.value[:n_samples * TYPE_SIZES[tag.type]])
-            tags.append(tag)
-        self._file.write(pack_directory(tags, offset, order, self.bigtiff))
-        self._file.seek(0)
-        self._file.write(pack_head(order, self.bigtiff, offset))
-
-
 # ---- FITS ----------------------------------------------------------------------------------------
 
 FITS_BLOCK, FITS_CARD = 2880, 80  # bytes
@@ -2369,14 +2661,8 @@ class FitsHeader(NamedTuple):
 
     def get(self, name, default=None):
         """Return the value of a keyword, None if it is undefined."""
-        from astropy.io.fits import Card
-        from astropy.io.fits.card import Undefined
         card = self.valued.get(f'{name:8}'.encode())
-        if card is None:
-            return default
-        with warnings.catch_warnings(action='ignore'):  # what is not as in the standard is copied as it is
-            value = Card.fromstring(card.decode('ascii', 'replace').replace('\ufffd', '?')).rawvalue
-        return None if isinstance(value, Undefined) else value
+        return default if card is None else parse_card(card)
 
     def whole_number(self, name, default=None):
         """Return a value that is a whole number; Damage if it is none."""
@@ -2390,6 +2676,24 @@ class FitsHeader(NamedTuple):
         """Whether the data are an array of two or more dimensions, compressed or not."""
         is_array = self.start == 0 or str(self.get('XTENSION')).strip() == 'IMAGE'
         return self.get('ZIMAGE') is True or is_array and len(self.axes) > 1 and math.prod(self.axes) > 0
+
+
+def parse_card(card):
+    """Return the value of a card of 80 bytes: bool, int, float or str, or None if it is undefined.
+
+    What is written in no way of the standard is returned as text.
+    """
+    text = card[10:].decode('ascii', 'replace')
+    if quoted := re.match(r" *'((?:[^']|'')*)'", text):
+        return quoted[1].replace("''", "'").rstrip()
+    word = text.partition('/')[0].strip()
+    if word in ('T', 'F'):
+        return word == 'T'
+    if re.fullmatch(r'[+-]?[0-9]+', word):
+        return int(word)
+    if re.fullmatch(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([ED][+-]?[0-9]+)?', word):
+        return float(word.replace('D', 'E'))
+    return word or None
 
 
 def read_header(file, start):
@@ -2426,7 +2730,7 @@ def padded(size):
     return -(-size // FITS_BLOCK) * FITS_BLOCK
 
 
-class FitsImage(Picture):
+class FitsImage(FilePicture):
     """An open FITS picture: the primary array, or the first image extension if that is empty.
 
     Gray or of three planes. Integers may have the offset that makes them unsigned (or signed bytes); nothing
@@ -2434,13 +2738,9 @@ class FitsImage(Picture):
     Astrophysics 524, A42.
     """
 
-    name, endings = 'FITS', ('.fits', '.fit', '.fts')
+    format, endings = 'FITS', ('.fits', '.fit', '.fts')
 
     def _open(self):
-        try:
-            import astropy.io.fits  # noqa: F401
-        except Exception as error:
-            raise RmgradientError(why_not_loaded(error)) from error
         self._bytes = RandomAccess(self._file)
         self._header = header = self._find_picture()
         if header.get('ZIMAGE') is True:
@@ -2481,11 +2781,10 @@ class FitsImage(Picture):
         if not found:
             raise RmgradientError('there is no picture in it, only tables or nothing')
         if len(found) > 1:
-            self.warnings.append(f'only the first of {len(found)} pictures is corrected, the rest is copied')
+            self.remarks.append(f'only the first of {len(found)} pictures is corrected, the rest is copied')
         return found[0]
 
     def read(self, start, stop, left=0, right=None):
-        """Return rows start to stop - 1 as a (n_rows, n_columns, n_samples) ndarray in native byte order."""
         height, width, planes = self.shape
         n_columns, item = (right or width) - left, self._stored.itemsize
         window = np.empty((stop - start, n_columns, planes), self._stored.newbyteorder('='))
@@ -2497,56 +2796,52 @@ class FitsImage(Picture):
             window[row:row + step, :, plane] = np.frombuffer(data, self._stored).reshape(-1, n_columns)
         return turn_sign(window, self.dtype)
 
-    def writer(self, file, kind, rows, compress):
-        """Return a FitsPlanes; there are no strips, and there is no compression."""
-        return FitsPlanes(file, self._bytes, self._header, self._stored, kind)
+    def write(self, file, strip_at, kind, settings):
+        """Write strips as a FITS like this one into a seekable file, see `FilePicture.write`.
 
-
-class FitsPlanes:
-    """A FITS file like another, the source, whose planes are written rows by rows into a seekable file.
-
-    All other headers and data are copied, and all cards but those that describe the old pixels; a HISTORY
-    card is new. `header` is that of the picture, `stored` the dtype in the file, kind 'output' or
-    'background'.
-    """
-
-    def __init__(self, file, source, header, stored, kind):
-        self._file, self._source, self._header, self._stored = file, source, header, stored
-        self._row, cards, is_stale = 0, [], False
+        All other headers and data are copied, and all cards but those that describe the old pixels; a HISTORY
+        card is new. There are no strips in it, and there is no compression.
+        """
+        header, height = self._header, self.shape[0]
+        cards, is_stale = [], False
         for card in header.cards:
             is_stale = card[:8] in STALE_CARDS or is_stale and card.startswith(b'CONTINUE')
             cards += [] if is_stale else [card]
         what = 'background gradient ' + ('removed' if kind == 'output' else 'of the picture')
         history = f'HISTORY rmgradient {__version__}: {what}'.encode().ljust(FITS_CARD)
         text = b''.join([*cards, history, b'END'])
-        self._copy(0, header.start)
+        self._copy(file, 0, header.start)
         file.write(text.ljust(padded(len(text))))
-        self._start = file.tell()
+        begin, row = file.tell(), 0
 
-    def _copy(self, start, stop):
+        def encoding(start, stop):
+            planes = np.ascontiguousarray(strip_at(start, stop).transpose(2, 0, 1))
+            return turn_sign(planes, self._stored.newbyteorder('=')).astype(self._stored)
+
+        for planes in self.each_strip(encoding, settings.rows):
+            for i, plane in enumerate(planes):
+                file.seek(begin + (i * height + row) * plane[0].nbytes)
+                file.write(plane)
+            row += planes.shape[1]
+        size = math.prod(header.axes) * self._stored.itemsize
+        file.seek(begin + size)
+        self._copy(file, header.data + size, self._bytes.size)
+        end = file.tell()
+        file.write(bytes(padded(end) - end))
+
+    def _copy(self, file, start, stop):
         for offset in range(start, stop, 2**20):
-            self._file.write(self._source.read(offset, min(2**20, stop - offset)))
+            with about(self.path):
+                data = self._bytes.read(offset, min(2**20, stop - offset))
+            file.write(data)
 
-    def encode(self, strip):
-        """Return the planes of a (n_rows, width, n_channels) strip; may be called from several threads."""
-        planes = np.ascontiguousarray(strip.transpose(2, 0, 1))
-        return turn_sign(planes, self._stored.newbyteorder('=')).astype(self._stored)
 
-    def append(self, planes):
-        """Write the next rows of each plane."""
-        height = self._header.axes[1]
-        for i, plane in enumerate(planes):
-            self._file.seek(self._start + (i * height + self._row) * plane[0].nbytes)
-            self._file.write(plane)
-        self._row += planes.shape[1]
-
-    def finish(self):
-        """Write what comes behind the picture."""
-        size = math.prod(self._header.axes) * self._stored.itemsize
-        self._file.seek(self._start + size)
-        self._copy(self._header.data + size, self._source.size)
-        end = self._file.tell()
-        self._file.write(bytes(padded(end) - end))
+def turn_sign(values, dtype):
+    """Return integers in a dtype of the same size, offset by half their range if that has another sign."""
+    if values.dtype == dtype:
+        return values
+    unsigned = values.view(f'u{dtype.itemsize}')
+    return (unsigned ^ unsigned.dtype.type(1 << 8 * dtype.itemsize - 1)).view(dtype)
 
 
 # ---- Formats -------------------------------------------------------------------------------------
@@ -2569,8 +2864,9 @@ ENDINGS = {'TIFF': TiffImage.endings, 'FITS': FitsImage.endings, 'JPEG': ('.jpg'
            'compressed FITS': ('.fz', '.gz')}
 
 
-def open_picture(path: str) -> Picture:
-    """Return an open Picture; RmgradientError says what else a file is, and the way out."""
+def open_picture(path: str | os.PathLike[str]) -> Picture:
+    """Open a TIFF or FITS picture; RmgradientError says what else a file is, and the way out."""
+    path = os.fspath(path)
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise RmgradientError('is not a regular file')
     with open(path, 'rb') as file:
@@ -2586,15 +2882,15 @@ def open_picture(path: str) -> Picture:
     raise RmgradientError('is neither a TIFF nor a FITS picture')
 
 
-def check_output(image, path, compress):
-    """Raise RmgradientError if an output can't be as the image is: by its ending, or compressed."""
-    if compress and not image.can_compress:
-        raise RmgradientError(f'{image.name} is written without compression; leave out --compress')
+def check_output(picture, path, compress):
+    """Raise RmgradientError if an output can't be as the picture is: by its ending, or compressed."""
+    if compress and not picture.can_compress:
+        raise RmgradientError(f'{picture.format} is written without compression; leave out --compress')
     ending = os.path.splitext(path)[1].lower()
     for name, endings in ENDINGS.items():
-        if ending in endings and name != image.name:
-            raise RmgradientError(f'a {image.name} picture is written as {image.name}, not {name}; '
-                                  f'name it {image.endings[0]}')
+        if ending in endings and name != picture.format:
+            raise RmgradientError(f'a {picture.format} picture is written as {picture.format}, not {name}; '
+                                  f'name it {picture.endings[0]}')
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -2633,134 +2929,99 @@ def check_paths(inputs, outputs, overwrite):
 
 
 def _identity(path):
-    """Return what tells a file from others, whatever it is called."""
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
+    """Return device and number of a file, which are the same whatever it is called."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def _may_replace(path, folder):
-    """Tell whether a file is ours to replace; in a sticky folder those of others are not."""
+    """Whether a file is ours to replace; in a sticky folder those of others are not."""
     owners = 0, os.stat(path).st_uid, os.stat(folder).st_uid
     is_sticky = os.stat(folder).st_mode & stat.S_ISVTX
     return not is_sticky or not hasattr(os, 'geteuid') or os.geteuid() in owners
 
 
 def is_device(path):
-    """Tell whether a path is a device, which is written to instead of replaced."""
+    """Whether a path is a device, which is written to instead of replaced."""
     return os.path.exists(path) and stat.S_ISCHR(os.stat(path).st_mode)
 
 
 @contextlib.contextmanager
 def whole_files(outputs, overwrite):
-    """Give files to write, {key: file} for {key: path}, that all appear when the block ends well, or none.
+    """Give files to write, {key: file} for {key: path}, that appear complete when the block ends well, or not at all.
 
-    The paths are checked by `check_paths`. A symbolic link stays, and the file that it points to is
-    written. If files may not be replaced, one that appears meanwhile is left alone, and is an error.
-
-    Where the system can (Linux), a file has no name until it is complete, so that nothing is left of it
-    however the program ends; elsewhere it has a random name in the folder of its path. It is synchronized,
-    and linked or renamed to the path. A file that is replaced leaves its mode, and its owner where that is
-    allowed.
+    The paths are checked by `check_paths`. A file has a hidden random name in the folder of its path until all of them
+    are complete and synchronized. A symbolic link stays, and the file that it points to is written. If files may not
+    be replaced, one that appears meanwhile is left alone, and is an error.
     """
     with contextlib.ExitStack() as stack:
-        files, sources = {}, {}
+        files, hidden = {}, {}
         for key, path in outputs.items():
             with about(path):
-                if is_device(path):
-                    descriptor = os.open(path, os.O_RDWR | getattr(os, 'O_BINARY', 0))
-                else:
-                    descriptor, sources[path] = _open_beside(path)
-                    stack.callback(_remove, sources[path])
+                name, mode, flags = path, 0o666, os.O_RDWR | getattr(os, 'O_BINARY', 0)
+                if not is_device(path):
+                    folder = os.path.dirname(os.path.realpath(path))
+                    name = hidden[path] = os.path.join(folder, f'.rmgradient-{os.urandom(8).hex()}')
+                    mode, flags = 0o600 if os.path.exists(path) else 0o666, flags | os.O_CREAT | os.O_EXCL
+                descriptor = os.open(name, flags, mode)
+                if path in hidden:
+                    stack.callback(_remove, name)
                 files[key] = os.fdopen(descriptor, 'w+b')
                 stack.callback(_close, files[key])
         yield files
         for key, path in outputs.items():
             with about(path):
                 files[key].flush()
-                if path in sources:
+                if path in hidden:
                     os.fsync(files[key].fileno())
-                if not _is_nameless(sources.get(path, '')):
-                    files[key].close()
+                files[key].close()
         with signals_handled(ignore):  # nothing interrupts the moment in which files get their names
-            _publish(sources, overwrite)
+            for path, name in hidden.items():
+                with about(path):
+                    _publish(name, os.path.realpath(path), overwrite)
+            for folder in {os.path.dirname(name) for name in hidden.values()}:
+                with about(folder):
+                    _sync_folder(folder)
 
 
-def _open_beside(path):
-    """Open a new file in the folder of a path; return its descriptor, and a path that leads to it."""
-    with contextlib.suppress(OSError, AttributeError):  # what systems say that know no files without names
-        descriptor = os.open(os.path.dirname(os.path.realpath(path)), os.O_TMPFILE | os.O_RDWR, 0o666)
-        source = f'/proc/self/fd/{descriptor}'
-        if os.path.exists(source):
-            return descriptor, source
-        os.close(descriptor)
-    name = _beside(path)
-    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0), 0o666), name
-
-
-def _is_nameless(source):
-    return source.startswith('/proc/self/fd/')
-
-
-def _publish(sources, overwrite):
-    """Give files their names, {path: source}; on failure take the names back, and restore what was there."""
-    with contextlib.ExitStack() as cleanup, contextlib.ExitStack() as undo:
-        for path, source in sources.items():
-            real = os.path.realpath(path)
-            with about(path):
-                try:
-                    if not (overwrite and os.path.exists(real)):
-                        _name_anew(source, real)
-                        undo.callback(_remove, real)
-                        continue
-                except FileExistsError:  # it appeared meanwhile
-                    if not overwrite:
-                        raise
-                old, new = _beside(path), _beside(path)
-                replaced = os.stat(real)
-                with contextlib.suppress(OSError, AttributeError):  # not allowed, or Windows
-                    os.chown(source, replaced.st_uid, replaced.st_gid)
-                os.chmod(source, stat.S_IMODE(replaced.st_mode))
-                cleanup.callback(_remove, old)
-                _name_anew(real, old)
-                undo.callback(os.replace, old, real)
-                cleanup.callback(_remove, new)
-                _name_anew(source, new)
-                os.replace(new, real)
-        for folder in {os.path.dirname(os.path.realpath(path)) for path in sources}:
-            with about(folder):
-                _sync_folder(folder)
-        undo.pop_all()
-
-
-def _beside(path):
-    """Return a name for a temporary file in the folder of a path, short enough for every file system."""
-    return os.path.join(os.path.dirname(os.path.realpath(path)), f'.rmgradient-{os.urandom(8).hex()}')
-
-
-def _name_anew(path, name):
-    """Give a file a name that nothing has; it may keep the old one."""
+def _publish(name, path, overwrite):
+    """Give a complete file its path, which nothing has, or which may be replaced; it may keep its hidden name."""
     try:
-        if _is_nameless(path):
-            os.link(path, name, src_dir_fd=0, follow_symlinks=True)  # only with a folder, it does follow
-        else:
-            os.link(path, name)
+        if not (overwrite and os.path.exists(path)):
+            return _link(name, path)
+    except FileExistsError:  # it appeared meanwhile
+        if not overwrite:
+            raise
+    # A file that is replaced leaves its owner where that is allowed, mode, access list and extended attributes.
+    replaced = os.stat(path)
+    with contextlib.suppress(OSError, AttributeError):  # not allowed, or Windows
+        os.chown(name, replaced.st_uid, replaced.st_gid)
+    shutil.copystat(path, name)
+    os.utime(name)
+    return os.replace(name, path)
+
+
+def _link(name, path):
+    """Give a file a path that nothing has."""
+    try:
+        os.link(name, path)
     except OSError as error:
         # What systems say of file systems without links, such as exFAT: Linux, macOS, FUSE, Windows.
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise
-        if os.path.exists(name):  # not safe in a race, but the best there is
+        if os.path.lexists(path):  # not safe in a race, but the best there is
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        os.rename(path, name)
+        os.rename(name, path)
 
 
 def _remove(path):
-    if not _is_nameless(path):
-        with contextlib.suppress(OSError):
-            os.remove(path)
+    with contextlib.suppress(OSError):
+        os.remove(path)
 
 
 def _sync_folder(folder):
-    if not hasattr(os, 'O_DIRECTORY'):  # on Windows folders can't be opened
+    """Make new names in a folder durable, where the system can: not on Windows, nor if it can't be read."""
+    if not hasattr(os, 'O_DIRECTORY') or not os.access(folder, os.R_OK):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -2778,521 +3039,129 @@ def _close(file):
         file.close()
 
 
-def ignore(*_):
-    """Do nothing about a signal; SIG_IGN would make Python complain of one that is under way."""
+# ---- Display -------------------------------------------------------------------------------------
+
+def read_binned(picture, window=None, n=1000):
+    """Return a window of a picture binned to about n x n pixels at most, float64, and by which factor.
+
+    The window is left, right, top, bottom; by default, it is the whole picture.
+    """
+    left, right, top, bottom = window or (0, picture.shape[1], 0, picture.shape[0])
+    factor, rows = max(1, -(-max(right - left, bottom - top) // n)), []
+    edges = np.arange(0, right - left, factor)
+    counts = np.diff([*edges, right - left])[:, None]
+    for start in range(top, bottom, factor):
+        # Few rows of each block are read, so that a large picture opens as fast as a small one.
+        stop = min(start + min(factor, 4 if factor < 8 else 1), bottom)
+        row = picture[start:stop, left:right].astype(float).mean(axis=0)
+        rows.append(np.add.reduceat(row, edges, axis=0) / counts)
+    return np.stack(rows), factor
 
 
-@contextlib.contextmanager
-def signals_handled(handler):
-    """Handle the signals that end a program otherwise; only in the main thread, since others can't."""
-    old = {}
-    if threading.current_thread() is threading.main_thread():
-        old = {number: signal.signal(number, handler) for number in SIGNALS
-               if signal.getsignal(number) not in (signal.SIG_IGN, None)}  # ignored, or not Python's
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+def correct_binned(correction, picture, background):
+    """Return a binned picture, float64, without its background, and where it became black, bool."""
+    lowest = np.iinfo(correction.dtype).min if correction.dtype.kind in 'ui' else 0
+    with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
+        after = correction.leveled(picture, background - correction.sky)
+    after = np.where(no_data(picture)[..., None], picture, after)
+    return after, ((after <= lowest) & (picture > lowest)).any(axis=2)
 
 
-# ---- Preview -------------------------------------------------------------------------------------
+def stretch_midtones(picture, like=None):
+    """Return a picture in 0 ... 1, stretched so that faint light shows, with one curve for all channels.
 
-def draw_points(axes, points, bad, radius, numbered):
-    """Draw points, rings as far as the blur reaches, isolines, and numbers; bad ones red. Return all that."""
+    The screen transfer function of astronomers, of this picture or of another, `like`: black 2.8 deviations
+    (see `robust_std`) below the median, and the midtones transfer function that takes the median to 1/4.
+    """
+    values = (picture if like is None else like).ravel()
+    most = values.max(where=np.isfinite(values), initial=-np.inf)
+    values = values[::max(1, len(values) // 10**5)]  # enough for medians
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return np.zeros(picture.shape)
+    median = np.median(values)
+    black = max(median - 2.8 * robust_std(values - median), values.min())
+    scale = max(most - black, TINY)
+    middle = min(max((median - black) / scale, 1e-6), 0.999)
+    midtones = 3 * middle / (2 * middle + 1)  # solves (m - 1) x / ((2 m - 1) x - m) = 1/4 for m at x = middle
+    x = np.clip((picture - black) / scale, 0, 1)
+    return np.clip((midtones - 1) * x / ((2 * midtones - 1) * x - midtones), 0, 1)
+
+
+def draw_points(axes, points, bad, radius):
+    """Draw points, bad ones red, rings as far as the blur reaches, and isolines. Return these, points last."""
     from matplotlib.collections import EllipseCollection, LineCollection
-    from matplotlib.patheffects import withStroke
     colors = np.where(np.isin(np.arange(len(points.x)), bad), 'red', 'orange')
     measured = ~points.on_isoline
     rings = EllipseCollection(2 * radius, 2 * radius, 0, units='xy', offsets=points.centers[measured],
                               transOffset=axes.transData, facecolors='none', edgecolors=colors[measured])
     isolines = [points.centers[points.leader == first] for first in np.unique(points.leader)]
-    drawn = [axes.add_collection(LineCollection(isolines, colors='orange', linewidths=1)),
-             axes.add_collection(rings), axes.scatter(points.x, points.y, s=2, c=colors),
-             axes.scatter(points.x[bad], points.y[bad], s=80, c='red', marker='x')]
+    return [axes.add_collection(LineCollection(isolines, colors='orange', linewidths=1)),
+            axes.add_collection(rings), axes.scatter(points.x[bad], points.y[bad], s=80, c='red', marker='x'),
+            axes.scatter(points.x, points.y, s=2, c=colors)]
+
+
+def number_points(axes, points, colors):
+    """Write the number of each point beside it, each in its color."""
+    from matplotlib.patheffects import withStroke
     outline = [withStroke(linewidth=2, foreground='black')]
-    for i, (center, color) in enumerate(zip(points.centers, colors) if numbered else ()):
-        drawn.append(axes.annotate(str(i + 1), center, (3, 3), textcoords='offset points', color=color,
-                                   fontsize=8, path_effects=outline))
-    return drawn
+    for i, (center, color) in enumerate(zip(points.centers, colors)):
+        axes.annotate(str(i + 1), center, (3, 3), textcoords='offset points', color=color, fontsize=8,
+                      path_effects=outline)
 
 
-def draw_preview(file, kind, image, points, misfits, model, method, sky, radius, classic=False):
+def draw_preview(file, kind, picture, correction):
     """Draw the picture with its points, the background with contour lines, and the result into a binary file.
 
-    Kind is 'png', 'pdf' or 'svg'; misfits are indices of points; method, sky and classic as in `correct`.
-    What became black is blue.
+    Kind is 'png', 'pdf' or 'svg'. Points that do not fit are red, and what became black is blue.
     """
     from matplotlib.figure import Figure
 
-    height, width, _ = image.shape
-    before, factor = read_binned(image, 0, width, 0, height)
-    background = model.shrunk(factor).evaluate(0, *before.shape[:2])
-    after, black = correct_binned(before, background, method, sky, image.dtype, classic)
+    height, width, _ = picture.shape
+    before, factor = read_binned(picture)
+    background = correction.model.shrunk(factor).evaluate(0, *before.shape[:2])
+    after, black = correct_binned(correction, before, background)
+    misfits = [i for i, _ in correction.misfits]
     panel = 6 * np.array([width, height]) / max(width, height)
     grid = (3, 1) if width > 2.5 * height else (1, 3)
     size = np.maximum(panel, 2.5) * grid[::-1] + 1
     figure, (left, bottom) = Figure(figsize=size), 0.6 / size  # a layout by matplotlib takes long
     figure.subplots_adjust(left, bottom, 1 - left / 4, 1 - bottom / 1.5, 0.04, 0.15)
-    pictures = [np.broadcast_to(picture, (*picture.shape[:2], 3)).copy() for picture in (
+    stretched = [np.broadcast_to(each, (*each.shape[:2], 3)).copy() for each in (
         stretch_midtones(before), stretch_midtones(background, before), stretch_midtones(after))]
-    pictures[2][black] = 0, 0.2, 1
-    level = in_words(sky[:1] if np.ptp(sky) == 0 else sky)
+    stretched[2][black] = 0, 0.2, 1
+    level = in_words(correction.sky[:1] if np.ptp(correction.sky) == 0 else correction.sky)
     panels = figure.subplots(*grid, sharex=True, sharey=True)
-    titles = ('before' + (', red points do not fit' if len(misfits) else ''), 'background',
+    titles = ('before' + (', red points do not fit' if misfits else ''), 'background',
               f'after, the sky at {level}' + (', blue is newly black' if black.any() else ''))
-    for axes, picture, title in zip(panels, pictures, titles):
-        axes.imshow(picture, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
+    for axes, each, title in zip(panels, stretched, titles):
+        axes.imshow(each, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
         axes.set_title(title)
         axes.set_autoscale_on(False)
-    if getattr(image, 'bottom_up', False):
+    if picture.bottom_up:
         panels[0].invert_yaxis()
-    draw_points(panels[0], points, misfits, radius, numbered=len(points.x) <= 60)
-    mean = background.mean(axis=2)
-    if np.ptp(mean) > 1e-9 * np.abs(mean).max() and min(mean.shape) > 1:
-        y, x = (factor * (np.arange(n) + 0.5) - 0.5 for n in mean.shape)
-        lines = panels[1].contour(x, y, mean, 8, colors='white', linewidths=0.7)
-        middle = np.array([width, height]) / 2
-        # Numbers stand away from the border, which would cut them.
-        places = [min(path.vertices, key=lambda place: np.hypot(*(place - middle)))
-                  for path in lines.get_paths() if len(path.vertices)]
-        panels[1].clabel(lines, fontsize=7, fmt=lambda value: in_words([value]), manual=places)
+    radius = math.ceil(3 * correction.settings.sigma)
+    places = draw_points(panels[0], correction.points, misfits, radius)[-1]
+    if len(correction.points.x) <= 60:
+        number_points(panels[0], correction.points, places.get_facecolors())
+    draw_contours(panels[1], background.mean(axis=2), factor)
     try:
         figure.savefig(file, format=kind, dpi=130)
     except ValueError as error:  # what matplotlib says of arrays that find no memory
         raise MemoryError from error
 
 
-# ---- Editor --------------------------------------------------------------------------------------
-
-class Editor:
-    """A window to set points by hand, with the background or the result beside the picture.
-
-    Starts with `pairs`, see `make_points`, of an image; settings have auto, sigma, smooth, method and sky
-    of the command line; save takes Points, writes them, and returns the file's name. `accepted`: whether
-    Enter closed it, which may save the points, too.
-    """
-
-    HELP = ('click: add, Shift-click: to the isoline, drag: move, right click or Delete: remove, Ctrl-Z, '
-            'Ctrl-Y; a: automatic, v: view, s: save, Enter: write, Escape: leave')
-
-    def __init__(self, image, pairs, settings, title, save, saves_on_enter=False):
-        import matplotlib.pyplot as plt
-        self.image, self.settings, self._title, self._save = image, settings, title, save
-        self.pairs, self.accepted, self._shows_result = np.asarray(pairs, float).reshape(-1, 2), False, True
-        self._done, self._undone, self._saved, self._drawn = [], [], self.pairs, []
-        self._measured, self._dragged, self._window = {}, None, None
-        self._saves_on_enter, self._asked = saves_on_enter, False
-        height, width, _ = image.shape
-        self._picture, self._factor = read_binned(image, 0, width, 0, height, 700)  # as large as it is drawn
-        self.figure, (self.left, self.right) = plt.subplots(1, 2, figsize=(14, 6), layout='constrained',
-                                                            sharex=True, sharey=True)
-        self.status = self.figure.supxlabel(self.HELP, fontsize=9)
-        stretched, frame = self._stretch(self._picture), (-0.5, width - 0.5, height - 0.5, -0.5)
-        self._images = [axes.imshow(stretched, cmap='gray', vmin=0, vmax=255, extent=frame,
-                                    interpolation='nearest') for axes in self.figure.axes]
-        self.left.set_autoscale_on(False)
-        if getattr(image, 'bottom_up', False):
-            self.left.invert_yaxis()
-        for axes in self.figure.axes:
-            axes.set_axis_off()  # text takes longest to draw
-        canvas = self.figure.canvas
-        if canvas.manager:
-            canvas.manager.set_window_title(f'rmgradient: {title}')
-        if handler := getattr(canvas.manager, 'key_press_handler_id', None):
-            canvas.mpl_disconnect(handler)  # its keys are ours; the toolbar's buttons stay
-        for event, react in (('button_press_event', self._press), ('motion_notify_event', self._drag),
-                             ('button_release_event', self._release), ('key_press_event', self._key)):
-            canvas.mpl_connect(event, react)
-        # One timer that fires once: what happens before it does is gathered, so that no refits pile up.
-        self.timer = canvas.new_timer(interval=30)
-        self.timer.single_shot = True
-        self.timer.add_callback(self.update)
-        for name in ('xlim_changed', 'ylim_changed'):
-            self.left.callbacks.connect(name, lambda _: self.timer.start())
-        self.update()
-        self.figure.draw_without_rendering()
-        self.figure.set_layout_engine('none')  # once is enough
-
-    @staticmethod
-    def _stretch(picture, like=None):
-        stretched = np.nan_to_num(255 * stretch_midtones(picture, like))
-        stretched = stretched.astype(np.uint8)  # drawn faster than floats
-        return stretched if stretched.shape[2] == 3 else stretched[..., 0]
-
-    def points(self, least=3):
-        """Return the points that can be used, see `make_points`."""
-        return make_points(np.delete(self.pairs, list(self.unusable), axis=0), least=least)
-
-    def update(self):
-        """Measure what is new, fit, and draw."""
-        unusable, self.misfits, self.model, levels = self.unusable, [], None, None
-        try:
-            points = self.points()
-            places = zip(points.x[points.leader], points.y[points.leader])
-            levels, noise = np.array([self._measured[place] for place in places]).swapaxes(0, 1)
-            self.model = fit_background(points, levels, self.settings.smooth)
-            text = f'{len(points.x)} points in use'
-            if self.model.choice:
-                usable = np.delete(np.arange(len(self.pairs)), list(unusable)).tolist()
-                misfits = find_misfits(points, levels, noise, self.model.choice)
-                self.misfits = [usable[i] for i, _ in misfits]
-        except RmgradientError as error:
-            text = str(error)
-        reasons = dict.fromkeys(self.misfits, 'does not fit the others (not on empty sky?)') | unusable
-        self._draw(levels, list(reasons))
-        for i in sorted(reasons)[-2:]:
-            x, y = np.abs(self.pairs[i]).astype(int)
-            text += f'; point {i + 1} at ({x}, {y}) {reasons[i]}'
-        self.status.set_text(f'{text}\n{self.HELP}')
-        self.left.set_title(self._title + ('' if self._is_saved() else ' - points not saved'), fontsize=10)
-        self.figure.canvas.draw_idle()
-
-    def _is_saved(self):
-        return np.array_equal(self._saved, self.pairs)
-
-    @property
-    def unusable(self):
-        """{index: reason} of the points that can't be used; new places are measured."""
-        reasons, seen, leader = {}, set(), 0
-        height, width, _ = self.image.shape
-        for i, (pair, place) in enumerate(zip(self.pairs, np.abs(self.pairs).astype(int).tolist())):
-            on_isoline, place = np.signbit(pair).any(), tuple(place)
-            leader = leader if on_isoline else i
-            if place in seen:
-                reasons[i] = 'is there twice'
-            elif on_isoline and not (place[0] < width and place[1] < height):
-                reasons[i] = 'is outside of the picture'
-            elif on_isoline and leader in reasons:
-                reasons[i] = 'is on the isoline of one that can not be used'
-            elif not on_isoline and isinstance(levels := self._measure(place), str):
-                reasons[i] = levels
-            seen.add(place)
-        return reasons
-
-    def _measure(self, place):
-        """Return level and noise at a place, or the reason why not, measured once."""
-        if place not in self._measured:
-            try:
-                found = measure_levels(self.image, unchecked_points([place]), self.settings.sigma)
-                self._measured[place] = np.vstack(found)
-            except RmgradientError as error:
-                self._measured[place] = str(error).partition(') ')[2]
-        return self._measured[place]
-
-    def _draw(self, levels, bad):
-        for artist in self._drawn:
-            artist.remove()
-        shown, radius = unchecked_points(self.pairs), math.ceil(3 * self.settings.sigma)
-        self._drawn = draw_points(self.left, shown, bad, radius, numbered=False)
-        self._read_window()
-        picture, like, name = self._picture, self._picture, 'give at least three points'
-        if self.model:
-            picture = self.model.shrunk(self._factor).evaluate(0, *picture.shape[:2])
-            name = 'background (v: result)'
-            if self._shows_result:
-                method, size = self.settings.method, self.image.shape[:2]
-                with contextlib.suppress(RmgradientError):
-                    sky = find_sky(self.settings.sky, method, levels, self.model, *size)
-                    classic, dtype = is_classic(self.model, self.settings.sky), self.image.dtype
-                    picture, _ = correct_binned(self._picture, picture, method, sky, dtype, classic)
-                    like, name = picture, 'result (v: background)'
-        self._images[1].set_data(self._stretch(picture, like))
-        self.right.set_title(name, fontsize=10)
-
-    def _read_window(self):
-        """Show the visible part of the picture, with all of its pixels where they are few enough."""
-        height, width, _ = self.image.shape
-        (x0, x1), (y0, y1) = sorted(self.left.get_xlim()), sorted(self.left.get_ylim())
-        left, right = max(0, math.floor(x0)), min(width, math.ceil(x1) + 1)
-        top, bottom = max(0, math.floor(y0)), min(height, math.ceil(y1) + 1)
-        window, self._window = self._window, (left, right, top, bottom)
-        if left < right and top < bottom and window != self._window:
-            part, factor = read_binned(self.image, *self._window, 700)
-            self._images[0].set_data(self._stretch(part, self._picture))
-            self._images[0].set_extent((left - 0.5, left + factor * part.shape[1] - 0.5,
-                                        top + factor * len(part) - 0.5, top - 0.5))
-
-    def _change(self, pairs, before=None):
-        """Take pairs, and remember those before for undo."""
-        self._done.append(self.pairs if before is None else before)
-        self.pairs, self._undone, self._asked = pairs, [], False
-        self.timer.start()
-
-    def _near(self, event):
-        """Return the index of the point at the pointer, within some ten pixels of the screen, or None."""
-        if event.xdata is None or not len(self.pairs):
-            return None
-        distances = np.hypot(*(np.abs(self.pairs) - [event.xdata, event.ydata]).T)
-        reach = 10 * abs(np.diff(self.left.get_xlim())[0]) / max(1, self.left.bbox.width)
-        return int(distances.argmin()) if distances.min() <= reach else None
-
-    def _press(self, event):
-        if event.inaxes not in (self.left, self.right) or getattr(self.figure.canvas.toolbar, 'mode', ''):
-            return  # outside, or the toolbar's zoom or pan
-        near, x, y = self._near(event), round(event.xdata), round(event.ydata)
-        is_inside = 0 <= x < self.image.shape[1] and 0 <= y < self.image.shape[0]
-        if event.button == 3 and near is not None:
-            self._change(remove_pair(self.pairs, near))
-        elif event.button == 1 and near is not None:
-            self._dragged = near, self.pairs
-        elif event.button == 1 and is_inside:
-            sign = -1.0 if event.key == 'shift' and len(self.pairs) else 1.0  # the first starts an isoline
-            self._change(np.vstack([self.pairs, [sign * x, sign * y]]))
-
-    def _drag(self, event):
-        if self._dragged and event.xdata is not None:
-            height, width, _ = self.image.shape
-            place = np.clip([round(event.xdata), round(event.ydata)], 0, [width - 1, height - 1])
-            i, self.pairs = self._dragged[0], self.pairs.copy()
-            self.pairs[i] = np.copysign(place, -1.0 if np.signbit(self.pairs[i]).any() else 1.0)
-            self.timer.start()
-
-    def _release(self, _):
-        if self._dragged and not np.array_equal(self._dragged[1], self.pairs):
-            self._change(self.pairs, before=self._dragged[1])
-        self._dragged = None
-
-    def _key(self, event):
-        key = (event.key or '').lower().replace('cmd', 'ctrl')
-        self._release(None)
-        try:
-            if key in ('delete', 'backspace') and (near := self._near(event)) is not None:
-                self._change(remove_pair(self.pairs, near))
-            elif key in ('ctrl+z', 'ctrl+y', 'ctrl+shift+z'):
-                source, target = (self._done, self._undone) if key == 'ctrl+z' else (self._undone, self._done)
-                if source:
-                    target.append(self.pairs)
-                    self.pairs = source.pop()
-            elif key == 'a':
-                given = self.points(least=1) if len(self.pairs) > len(self.unusable) else None
-                n, sigma = self.settings.auto or AUTO, self.settings.sigma
-                self._change(choose_points(self.image, n, sigma, given).points.pairs)
-            elif key == 'v':
-                self._shows_result = not self._shows_result
-            elif key == 's':
-                return self.save()
-            elif key == 'escape' and not self._is_saved() and not self._asked:
-                self._asked = True
-                raise RmgradientError('points are not saved (s); Escape again leaves them')
-            elif key in ('enter', 'return', 'escape'):
-                accepts = key != 'escape' and bool(self.points())  # an error if there are too few
-                is_new = self.settings.auto is not None or not self._is_saved()
-                if accepts and self._saves_on_enter and is_new:
-                    self.save()
-                import matplotlib.pyplot as plt
-                self.accepted = accepts
-                return plt.close(self.figure)
-            self.timer.start()
-        except (RmgradientError, OSError) as error:
-            self.status.set_text(f'{error}\n{self.HELP}')
-            self.figure.canvas.draw_idle()
-
-    def save(self):
-        """Save the points that can be used."""
-        name, self._saved = self._save(self.points()), self.pairs
-        self.update()
-        left_out = f', without {len(self.unusable)} that can not be used' if self.unusable else ''
-        self.status.set_text(f'{name} written{left_out}\n{self.HELP}')
-
-
-# ---- Pipeline ------------------------------------------------------------------------------------
-
-MISREGISTERED = 5.0  # noises of levels: a reference that explains the points worse is not registered
-LEAST_SPAN = 0.15  # of the picture's area, were the points spread evenly; with less, most is extrapolated
-NINTHS = 'upper left', 'top', 'upper right', 'left', None, 'right', 'lower left', 'bottom', 'lower right'
-
-
-def remove_gradient(
-        image: np.ndarray, points: np.ndarray | Points | str, *, sigma: float = SIGMA,
-        smooth: float | str = 'auto', reference: np.ndarray | None = None, sky: str | float | None = None,
-        method: str = 'subtract', dither: bool = False, rows: int = ROWS,
-        return_model: bool = False) -> np.ndarray | tuple[np.ndarray, BackgroundModel]:
-    """Remove the background gradient from an array, as the command does from a file.
-
-    Parameters
-    ----------
-    image : (height, width) or (height, width, n_channels) array_like, or a Picture
-        Integers or floats. All channels are taken for colors: leave alpha out.
-    points : Points, (n_points, 2) array_like, or 'auto'
-        See `make_points`; with 'auto', `choose_points` chooses them.
-    sigma : float
-        Blur at the points, in pixels, see `measure_levels`.
-    smooth : 'auto' or float
-        See `fit_background`.
-    reference : (height, width) or (height, width, n_channels) array_like, optional
-        Registered picture of the same field, see `fit_beside_reference`; for the adaptive model.
-    sky : 'gray', 'color', 'darkest', float or None
-        Level that the sky gets, see `find_sky`.
-    method : str
-        'subtract', 'stretch' or 'divide', see `correct`.
-    dither : bool
-        See `correct_rows`.
-    rows : int
-        Rows worked on together. Beside the result, memory is that of a few such groups in float64.
-    return_model : bool
-        Whether to return the model, too.
-
-    Returns
-    -------
-    corrected : ndarray
-        Of the shape and dtype of the image.
-    model : BackgroundModel
-        If asked for; `model.evaluate(0, height, width)` is the background.
-
-    Raises
-    ------
-    RmgradientError
-        If image, points and options don't go together; the message says why.
-    """
-    ways = {'mask': 'image.filled(np.nan), or the data of a CCDData', 'unit': 'the values alone'}
-    for name, way in ways.items():
-        if getattr(image, name, None) is not None:
-            raise RmgradientError(f'an image with a {name} would lose it; pass {way}')
-    image = image[0:image.shape[0], 0:image.shape[1]] if isinstance(image, Picture) else np.asarray(image)
-    if image.dtype.kind not in 'uif' or image.ndim not in (2, 3) or not image.size:
-        raise RmgradientError(f'an array of {image.dtype} of shape {image.shape} is not a picture; '
-                              'open_picture opens a file')
-    if image.ndim == 3 and image.shape[0] <= 4 < image.shape[2]:
-        raise RmgradientError(f'an array of shape {image.shape} has its channels first; '
-                              'pass np.moveaxis(image, 0, -1)')
-    if not (isinstance(rows, numbers.Integral) and rows > 0):
-        raise RmgradientError(f'rows are {rows!r}, not a whole number above 0')
-    if method not in METHODS:
-        raise RmgradientError(f'method {method!r} is none of {", ".join(METHODS)}')
-    check_sky(sky, image.dtype)
-    corrected = np.array(image, image.dtype.newbyteorder('=')).reshape(*image.shape[:2], -1)
-    height, width, _ = corrected.shape
-    if reference is not None:
-        if smooth != 'auto':
-            raise RmgradientError("a reference needs smooth='auto'")
-        reference = np.atleast_3d(np.asarray(reference))
-        check_reference(corrected.shape, reference.shape)
-    if isinstance(points, str):
-        if points != 'auto':
-            raise RmgradientError(f"points are {points!r}, neither coordinates nor 'auto'")
-        points = (choose_points(corrected, sigma=sigma).points if reference is None else
-                  places_beside_reference(corrected, reference, REFERENCE_AUTO, sigma))
-    elif not isinstance(points, Points):
-        points = make_points(points)
-    levels, _ = measure_levels(corrected, points, sigma)
-    if reference is not None:
-        found = fit_beside_reference(points, levels, measure_levels(reference, points, sigma)[0])
-        model, levels = found.model, found.levels
-    else:
-        model = fit_background(points, levels, smooth)
-    level = find_sky(sky, method, levels, model, height, width, rows)
-    above, classic = model.above(level), is_classic(model, sky)
-    for start, stop in row_groups(height, rows):
-        correct_rows(corrected[start:stop], start, above, method, level, dither, classic)
-    corrected = corrected.reshape(image.shape)
-    return (corrected, model) if return_model else corrected
-
-
-def process(options):
-    """Do what the command line asks for; options are those of `build_parser`."""
-    jobs = list_jobs(options)
-    inputs = [path for path in (*options.input, options.reference) if path]
-    if options.points_file not in (None, '-', options.save_points):
-        inputs.append(options.points_file)  # else it is read before it is replaced
-    check_paths(inputs, [path for _, outputs in jobs for path in outputs.values()], options.overwrite)
-    if options.preview:
-        with about(options.preview):
-            load_matplotlib()
-    if options.edit:
-        choose_toolkit()
-    points, saved_for = read_points(options)
-    alone, n_failed = len(jobs) == 1, 0
-    for path, outputs in progress_bar('picture', shown=not alone)(jobs, len(jobs)):
-        try:
-            with about(path):
-                process_picture(path, outputs, points, saved_for, options, alone)
-        except (RmgradientError, MemoryError) as error:
-            if alone:
-                raise
-            logger.error('%s', explain(error, path))
-            n_failed += 1
-    if n_failed:
-        others = '; the others are done' if n_failed < len(jobs) else ''
-        raise RmgradientError(f'{n_failed} of {len(jobs)} pictures failed{others}')
-
-
-def list_jobs(options):
-    """Return the path of each picture, and {kind: path} of its outputs: in folders, if these are named."""
-    names = [os.path.normcase(os.path.basename(path)) for path in options.input]
-    for i, name in enumerate(names):
-        if (first := names.index(name)) != i:
-            raise RmgradientError(f'{options.input[first]} and {options.input[i]} have the same name, '
-                                  'and so would their outputs: correct them one by one')
-    several, jobs = len(options.input) > 1, []
-    for path in options.input:
-        name, outputs = os.path.basename(path), {}
-        for kind, ending in OUTPUTS.items():
-            if output := getattr(options, kind):
-                if os.path.isdir(output):
-                    output = os.path.join(output, os.path.splitext(name)[0] + ending if ending else name)
-                elif several:
-                    raise NamedError(f'{output}: is not a folder; name one that exists for several pictures')
-                outputs[kind] = output
-        jobs.append((path, outputs))
-    return jobs
-
-
-def process_picture(path, outputs, points, saved_for, options, alone):
-    """Correct one picture, with a progress bar if it is alone; points and saved_for: see `read_points`."""
-    image = open_picture(path)
-    megapixels = f' {image.shape[0] * image.shape[1] / 1e6:.3g} megapixels'
-    with image, threads(progress_bar('strip', megapixels, shown=alone)) as starmap:
-        check_picture(path, image, outputs, points, saved_for, options)
-        if options.auto is not None and not options.reference:
-            n = options.auto or AUTO
-            chosen = choose_points(image, n, options.sigma, points, starmap)
-            points = report_chosen(path, image, points, chosen, n)
-        if options.edit:
-            points = edit_points(path, image, points, outputs, options)
-            if points is None:
-                logger.info('%s: left without a change', path)
-                return
-        points, levels, model, misfits = fit_picture(path, image, points, options, starmap)
-        sky = find_sky(options.sky, options.method, levels, model, *image.shape[:2], options.rows, starmap)
-        with whole_files(outputs, options.overwrite) as files:
-            counts = write_pictures(outputs, files, image, model, sky, options, starmap)
-            if 'save_points' in files:
-                with about(outputs['save_points']):
-                    files['save_points'].write(encode_points(path, points, image, options))
-            if 'preview' in files:
-                kind = os.path.splitext(outputs['preview'])[1][1:].lower()
-                radius = math.ceil(3 * options.sigma)
-                with about(outputs['preview']):
-                    draw_preview(files['preview'], kind, image, points, misfits, model, options.method, sky,
-                                 radius, is_classic(model, options.sky))
-    report_written(outputs, image, sky, counts)
-
-
-def check_picture(path, image, outputs, points, saved_for, options):
-    """Warn of what is left out or does not suit a picture, or raise RmgradientError, before anything slow."""
-    for warning in image.warnings:
-        logger.warning('%s: %s', path, warning)
-    for kind in [kind for kind in ('output', 'background') if kind in outputs]:
-        with about(outputs[kind]):
-            check_output(image, outputs[kind], options.compress)
-    check_sky(options.sky, image.dtype)
-    if saved_for not in (None, image.shape[:2]):
-        logger.warning('%s: has %d x %d pixels, and the points were saved for a picture of %d x %d', path,
-                       *image.shape[1::-1], *saved_for[::-1])
-    if options.dither and image.dtype.kind == 'f':
-        logger.warning('%s: --dither is for integers, and changes nothing here', path)
-    if image.bottom_up and (points or options.edit or 'save_points' in outputs):
-        logger.info('%s: y of points counts from the bottom row, the first that is stored', path)
-
-
-def fit_picture(path, image, points, options, starmap):
-    """Return the points that fit, their levels, the model, and indices of misfits, and report them."""
-    if options.reference:
-        return *fit_with_reference(path, image, points, options, starmap), []
-    levels, noise = measure_levels(image, points, options.sigma)
-    model = fit_background(points, levels, options.smooth)
-    return points, levels, model, report_model(path, image, points, levels, noise, model)
+def draw_contours(axes, background, factor):
+    """Draw contour lines of a binned background, (height, width), with numbers, unless it is flat."""
+    if np.ptp(background) <= 1e-9 * np.abs(background).max() or min(background.shape) < 2:
+        return
+    y, x = (factor * (np.arange(n) + 0.5) - 0.5 for n in background.shape)
+    lines = axes.contour(x, y, background, 8, colors='white', linewidths=0.7)
+    middle = np.array([x.mean(), y.mean()])
+    # Numbers stand away from the border, which would cut them.
+    places = [min(path.vertices, key=lambda place: np.hypot(*(place - middle)))
+              for path in lines.get_paths() if len(path.vertices)]
+    axes.clabel(lines, fontsize=7, fmt=lambda value: in_words([value]), manual=places)
 
 
 def load_matplotlib():
@@ -3333,64 +3202,414 @@ def choose_toolkit():
                           'PySide6')
 
 
-def edit_points(path, image, points, outputs, options):
+class Editor:
+    """A window to set points by hand, with the background or the result beside the picture.
+
+    Starts with `pairs`, see `make_points`, of a Picture; save takes Points, writes them, and returns the file's
+    name. `accepted`: whether Enter closed it, which may save the points, too.
+    """
+
+    saves_on_enter = False
+
+    HELP = ('click: add, Shift-click: to the isoline, drag: move, right click or Delete: remove, Ctrl-Z, '
+            'Ctrl-Y; a: automatic, v: view, s: save, Enter: write, Escape: leave')
+
+    def __init__(self, picture, pairs, settings, save):
+        import matplotlib.pyplot as plt
+        self.picture, self.settings, self._save = picture, settings, save
+        self._title, self.correction = os.path.basename(picture.path), None
+        self.pairs, self.accepted, self._shows_result = np.asarray(pairs, float).reshape(-1, 2), False, True
+        self._done, self._undone, self._saved, self._drawn = [], [], self.pairs, []
+        self._measured, self._dragged, self._window = {}, None, None
+        self._asked = False
+        height, width, _ = picture.shape
+        self._binned, self._factor = read_binned(picture, n=700)  # as large as it is drawn
+        self.figure, (self.left, self.right) = plt.subplots(1, 2, figsize=(14, 6), layout='constrained',
+                                                            sharex=True, sharey=True)
+        self.status = self.figure.supxlabel(self.HELP, fontsize=9)
+        stretched, frame = self._stretch(self._binned), (-0.5, width - 0.5, height - 0.5, -0.5)
+        self._images = [axes.imshow(stretched, cmap='gray', vmin=0, vmax=255, extent=frame,
+                                    interpolation='nearest') for axes in self.figure.axes]
+        self.left.set_autoscale_on(False)
+        if picture.bottom_up:
+            self.left.invert_yaxis()
+        for axes in self.figure.axes:
+            axes.set_axis_off()  # text takes longest to draw
+        canvas = self.figure.canvas
+        if canvas.manager:
+            canvas.manager.set_window_title(f'rmgradient: {self._title}')
+        if handler := getattr(canvas.manager, 'key_press_handler_id', None):
+            canvas.mpl_disconnect(handler)  # its keys are ours; the toolbar's buttons stay
+        for event, react in (('button_press_event', self._press), ('motion_notify_event', self._drag),
+                             ('button_release_event', self._release), ('key_press_event', self._key)):
+            canvas.mpl_connect(event, react)
+        # One timer that fires once: what happens before it does is gathered, so that no refits pile up.
+        self.timer = canvas.new_timer(interval=30)
+        self.timer.single_shot = True
+        self.timer.add_callback(self.update)
+        for name in ('xlim_changed', 'ylim_changed'):
+            self.left.callbacks.connect(name, lambda _: self.timer.start())
+        self.update()
+        self.figure.draw_without_rendering()
+        self.figure.set_layout_engine('none')  # once is enough
+
+    @staticmethod
+    def _stretch(picture, like=None):
+        stretched = np.nan_to_num(255 * stretch_midtones(picture, like))
+        stretched = stretched.astype(np.uint8)  # drawn faster than floats
+        return stretched if stretched.shape[2] == 3 else stretched[..., 0]
+
+    def points(self, least=3):
+        """Return the points that can be used, see `make_points`."""
+        return make_points(np.delete(self.pairs, list(self.unusable), axis=0), least=least)
+
+    def update(self):
+        """Measure what is new, fit, and draw."""
+        unusable, self.misfits, self.correction = self.unusable, [], None
+        try:
+            measured = self._measure_points(self.points())
+            self.correction = correction_of(self.picture, measured, self.settings)
+            text = f'{len(measured.points.x)} points in use'
+            usable = np.delete(np.arange(len(self.pairs)), list(unusable)).tolist()
+            self.misfits = [usable[i] for i, _ in self.correction.misfits]
+        except RmgradientError as error:
+            text = str(error)
+        reasons = dict.fromkeys(self.misfits, 'does not fit the others (not on empty sky?)') | unusable
+        self._draw(list(reasons))
+        for i in sorted(reasons)[-2:]:
+            x, y = np.abs(self.pairs[i]).astype(int)
+            text += f'; point {i + 1} at ({x}, {y}) {reasons[i]}'
+        self.status.set_text(f'{text}\n{self.HELP}')
+        self.left.set_title(self._title + ('' if self._is_saved() else ' - points not saved'), fontsize=10)
+        self.figure.canvas.draw_idle()
+
+    def _is_saved(self):
+        return np.array_equal(self._saved, self.pairs)
+
+    @property
+    def unusable(self):
+        """{index: reason} of the points that can't be used; new places are measured."""
+        reasons, seen, leader = {}, set(), 0
+        height, width, _ = self.picture.shape
+        for i, (pair, place) in enumerate(zip(self.pairs, np.abs(self.pairs).astype(int).tolist())):
+            on_isoline, place = np.signbit(pair).any(), tuple(place)
+            leader = leader if on_isoline else i
+            if place in seen:
+                reasons[i] = 'is there twice'
+            elif on_isoline and not (place[0] < width and place[1] < height):
+                reasons[i] = 'is outside of the picture'
+            elif on_isoline and leader in reasons:
+                reasons[i] = 'is on the isoline of one that can not be used'
+            elif not on_isoline and isinstance(levels := self._measure(place), str):
+                reasons[i] = levels
+            seen.add(place)
+        return reasons
+
+    def _measure(self, place):
+        """Return what is measured at a place, or the reason why it can't be, measured once."""
+        if place not in self._measured:
+            try:
+                self._measured[place] = measure_levels(self.picture, unchecked_points([place]), self.settings.sigma)
+            except RmgradientError as error:
+                self._measured[place] = str(error).partition(') ')[2]
+        return self._measured[place]
+
+    def _measure_points(self, points):
+        """Return Measured of usable points."""
+        places = points.centers[points.leader].astype(int).tolist()
+        each = [self._measure(tuple(place)) for place in places]
+        levels, noise = (np.concatenate(values) for values in zip(*((one.levels, one.noise) for one in each)))
+        return Measured(points, levels, noise)
+
+    def _draw(self, bad):
+        for artist in self._drawn:
+            artist.remove()
+        shown, radius = unchecked_points(self.pairs), math.ceil(3 * self.settings.sigma)
+        self._drawn = draw_points(self.left, shown, bad, radius)
+        self._read_window()
+        binned, like, name = self._binned, self._binned, 'give at least three points'
+        if self.correction:
+            binned = self.correction.model.shrunk(self._factor).evaluate(0, *binned.shape[:2])
+            name = 'background (v: result)'
+            if self._shows_result:
+                binned, _ = correct_binned(self.correction, self._binned, binned)
+                like, name = binned, 'result (v: background)'
+        self._images[1].set_data(self._stretch(binned, like))
+        self.right.set_title(name, fontsize=10)
+
+    def _read_window(self):
+        """Show the visible part of the picture, with all of its pixels where they are few enough."""
+        height, width, _ = self.picture.shape
+        (x0, x1), (y0, y1) = sorted(self.left.get_xlim()), sorted(self.left.get_ylim())
+        left, right = max(0, math.floor(x0)), min(width, math.ceil(x1) + 1)
+        top, bottom = max(0, math.floor(y0)), min(height, math.ceil(y1) + 1)
+        window, self._window = self._window, (left, right, top, bottom)
+        if left < right and top < bottom and window != self._window:
+            part, factor = read_binned(self.picture, self._window, 700)
+            self._images[0].set_data(self._stretch(part, self._binned))
+            self._images[0].set_extent((left - 0.5, left + factor * part.shape[1] - 0.5,
+                                        top + factor * len(part) - 0.5, top - 0.5))
+
+    def _change(self, pairs, before=None):
+        """Take pairs, and remember those before for undo."""
+        self._done.append(self.pairs if before is None else before)
+        self.pairs, self._undone, self._asked = pairs, [], False
+        self.timer.start()
+
+    def _point_at(self, event):
+        """Return the index of the point at the pointer, within some ten pixels of the screen, or None."""
+        if event.xdata is None or not len(self.pairs):
+            return None
+        distances = np.hypot(*(np.abs(self.pairs) - [event.xdata, event.ydata]).T)
+        reach = 10 * abs(np.diff(self.left.get_xlim())[0]) / max(1, self.left.bbox.width)
+        return int(distances.argmin()) if distances.min() <= reach else None
+
+    def _press(self, event):
+        if event.inaxes not in (self.left, self.right) or getattr(self.figure.canvas.toolbar, 'mode', ''):
+            return  # outside, or the toolbar's zoom or pan
+        at, x, y = self._point_at(event), round(event.xdata), round(event.ydata)
+        is_inside = 0 <= x < self.picture.shape[1] and 0 <= y < self.picture.shape[0]
+        if event.button == 3 and at is not None:
+            self._change(remove_pair(self.pairs, at))
+        elif event.button == 1 and at is not None:
+            self._dragged = at, self.pairs
+        elif event.button == 1 and is_inside:
+            sign = -1.0 if event.key == 'shift' and len(self.pairs) else 1.0  # the first starts an isoline
+            self._change(np.vstack([self.pairs, [sign * x, sign * y]]))
+
+    def _drag(self, event):
+        if self._dragged and event.xdata is not None:
+            height, width, _ = self.picture.shape
+            place = np.clip([round(event.xdata), round(event.ydata)], 0, [width - 1, height - 1])
+            i, self.pairs = self._dragged[0], self.pairs.copy()
+            self.pairs[i] = np.copysign(place, -1.0 if np.signbit(self.pairs[i]).any() else 1.0)
+            self.timer.start()
+
+    def _release(self, _):
+        if self._dragged and not np.array_equal(self._dragged[1], self.pairs):
+            self._change(self.pairs, before=self._dragged[1])
+        self._dragged = None
+
+    def _key(self, event):
+        key = (event.key or '').lower().replace('cmd', 'ctrl')
+        self._release(None)
+        try:
+            if key in ('delete', 'backspace') and (at := self._point_at(event)) is not None:
+                self._change(remove_pair(self.pairs, at))
+            elif key in ('ctrl+z', 'ctrl+y', 'ctrl+shift+z'):
+                source, target = (self._done, self._undone) if key == 'ctrl+z' else (self._undone, self._done)
+                if source:
+                    target.append(self.pairs)
+                    self.pairs = source.pop()
+            elif key == 'a':
+                given = self.points(least=1) if len(self.pairs) > len(self.unusable) else None
+                n, sigma = self.settings.auto or AUTO, self.settings.sigma
+                self._change(choose_points(self.picture, n, sigma, given).points.pairs)
+            elif key == 'v':
+                self._shows_result = not self._shows_result
+            elif key == 's':
+                return self.save()
+            elif key == 'escape' and not self._is_saved() and not self._asked:
+                self._asked = True
+                raise RmgradientError('points are not saved (s); Escape again leaves them')
+            elif key in ('enter', 'return', 'escape'):
+                accepts = key != 'escape' and bool(self.points())  # an error if there are too few
+                is_new = self.settings.auto is not None or not self._is_saved()
+                if accepts and self.saves_on_enter and is_new:
+                    self.save()
+                import matplotlib.pyplot as plt
+                self.accepted = accepts
+                return plt.close(self.figure)
+            self.timer.start()
+        except (RmgradientError, OSError) as error:
+            self.status.set_text(f'{error}\n{self.HELP}')
+            self.figure.canvas.draw_idle()
+
+    def save(self):
+        """Save the points that can be used."""
+        name, self._saved = self._save(self.points()), self.pairs
+        self.update()
+        left_out = f', without {len(self.unusable)} that can not be used' if self.unusable else ''
+        self.status.set_text(f'{name} written{left_out}\n{self.HELP}')
+
+
+# ---- Pipeline ------------------------------------------------------------------------------------
+
+OUTPUTS = {'output': '', 'background': '', 'save_points': '.txt', 'preview': '.png'}  # endings in a folder
+MISREGISTERED = 5.0  # noises of levels: a reference that explains the points worse is not registered
+LEAST_SPAN = 0.15  # of the picture's area, were the points spread evenly; with less, most is extrapolated
+NINTHS = 'upper left', 'top', 'upper right', 'left', None, 'right', 'lower left', 'bottom', 'lower right'
+
+
+class Job(NamedTuple):
+    """A picture, and what is written."""
+
+    path: str
+    outputs: dict[str, str]  # paths by kind, see `OUTPUTS`
+
+
+class Given(NamedTuple):
+    """Points that the user gives."""
+
+    points: Points | None
+    size: tuple[int, int] | None = None  # height and width of the picture that they were saved for
+
+
+def process(options):
+    """Do what the command line asks for; options are those of `build_parser`."""
+    jobs = list_jobs(options)
+    inputs = [path for path in (*options.input, options.reference) if path]
+    if options.points_file not in (None, '-', options.save_points):
+        inputs.append(options.points_file)  # else it is read before it is replaced
+    check_paths(inputs, [path for job in jobs for path in job.outputs.values()], options.overwrite)
+    if options.preview:
+        with about(options.preview):
+            load_matplotlib()
+    if options.edit:
+        choose_toolkit()
+    if len(jobs) > 1 or options.edit:  # it takes a while: see the begin of this file
+        gc.enable()
+    given = read_points(options)
+    alone, n_failed = len(jobs) == 1, 0
+    for job in progress_bar('picture', shown=not alone)(jobs, len(jobs)):
+        try:
+            with about(job.path):
+                process_picture(job, given, options)
+        except (RmgradientError, MemoryError) as error:
+            if alone:
+                raise
+            logger.error('%s', explain(error, job.path))
+            n_failed += 1
+    if n_failed:
+        others = '; the others are done' if n_failed < len(jobs) else ''
+        raise RmgradientError(f'{n_failed} of {len(jobs)} pictures failed{others}')
+
+
+def list_jobs(options):
+    """Return a Job for each picture; outputs go into folders, if these are named."""
+    names = [os.path.normcase(os.path.basename(path)) for path in options.input]
+    for i, name in enumerate(names):
+        if (first := names.index(name)) != i:
+            raise RmgradientError(f'{options.input[first]} and {options.input[i]} have the same name, '
+                                  'and so would their outputs: correct them one by one')
+    several, jobs = len(options.input) > 1, []
+    for path in options.input:
+        name, outputs = os.path.basename(path), {}
+        for kind, ending in OUTPUTS.items():
+            if output := getattr(options, kind):
+                if os.path.isdir(output):
+                    output = os.path.join(output, os.path.splitext(name)[0] + ending if ending else name)
+                elif several:
+                    raise NamedError(f'{output}: is not a folder; name one that exists for several pictures')
+                outputs[kind] = output
+        jobs.append(Job(path, outputs))
+    return jobs
+
+
+def settings_of(options):
+    """Return the Settings of a command line."""
+    return Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
+
+
+def process_picture(job, given, options):
+    """Correct one picture, with a progress bar if it is alone."""
+    settings, picture = settings_of(options), open_picture(job.path)
+    megapixels = f' {picture.shape[0] * picture.shape[1] / 1e6:.3g} megapixels'
+    with (picture, threads(progress_bar('strip', megapixels, shown=len(options.input) == 1)) as picture.starmap,
+          open_reference(options.reference, picture) as reference):
+        check_picture(picture, job, given, options)
+        if given.points is not None or settings.auto is not None:
+            measured = measure_points(picture, given.points, settings, reference)
+            report_chosen(picture, measured, settings)
+        if options.edit:
+            points = edit_points(picture, measured.points if settings.auto is not None else given.points, job, options)
+            if points is None:
+                logger.info('%s: left without a change', job.path)
+                return
+            measured = measure_levels(picture, points, settings.sigma)
+        correction = correction_of(picture, measured, settings, reference)
+        report_correction(picture, correction)
+        with whole_files(job.outputs, options.overwrite) as files:
+            counts = write_pictures(job.outputs, files, picture, correction)
+            if 'save_points' in files:
+                with about(job.outputs['save_points']):
+                    files['save_points'].write(encode_points(picture, correction.points, settings))
+            if 'preview' in files:
+                kind = os.path.splitext(job.outputs['preview'])[1][1:].lower()
+                with about(job.outputs['preview']):
+                    draw_preview(files['preview'], kind, picture, correction)
+    report_written(job.outputs, picture, correction.sky, counts)
+
+
+@contextlib.contextmanager
+def open_reference(path, picture):
+    """Give the open reference of a picture, None if there is none."""
+    if not path:
+        yield None
+        return
+    with about(path):
+        reference = open_picture(path)
+    with reference:
+        with about(path):
+            check_reference(picture.shape, reference.shape)
+        reference.starmap = picture.starmap
+        yield reference
+
+
+def check_picture(picture, job, given, options):
+    """Warn of what is left out or does not suit a picture, or raise RmgradientError, before anything slow."""
+    for remark in picture.remarks:
+        logger.warning('%s: %s', picture.path, remark)
+    for kind in [kind for kind in ('output', 'background') if kind in job.outputs]:
+        with about(job.outputs[kind]):
+            check_output(picture, job.outputs[kind], options.compress)
+    check_sky(options.sky, picture)
+    if given.size not in (None, picture.shape[:2]):
+        logger.warning('%s: has %d x %d pixels, and the points were saved for a picture of %d x %d', picture.path,
+                       *picture.shape[1::-1], *given.size[::-1])
+    if options.dither and picture.dtype.kind == 'f':
+        logger.warning('%s: --dither is for integers, and changes nothing here', picture.path)
+    if picture.bottom_up and (given.points or options.edit or 'save_points' in job.outputs):
+        logger.info('%s: y of points counts from the bottom row, the first that is stored', picture.path)
+
+
+def edit_points(picture, points, job, options):
     """Let the user set points in a window; return them, or None if it was left without."""
     import matplotlib.pyplot as plt
-    name = outputs.get('save_points') or os.path.splitext(path)[0] + '_points.txt'
-    if not outputs:
-        logger.info('%s: without -o no picture is written; Enter saves the points', path)
-    overwrite = options.overwrite
+    name = job.outputs.get('save_points') or os.path.splitext(job.path)[0] + '_points.txt'
+    if not job.outputs:
+        logger.info('%s: without -o no picture is written; Enter saves the points', job.path)
+    settings, overwrite = settings_of(options), options.overwrite
 
     def save(points):
         nonlocal overwrite
         replaces, overwrite = overwrite, True  # once it is ours, or asked for twice
         if os.path.isfile(name) and not replaces:
             raise RmgradientError(f'{name} exists; once more replaces it')
-        check_paths([path], [name], replaces)
+        check_paths([job.path], [name], replaces)
         with whole_files({'points': name}, replaces) as files:
-            files['points'].write(encode_points(path, points, image, options))
+            files['points'].write(encode_points(picture, points, settings))
         return name
 
-    editor = Editor(image, [] if points is None else points.pairs, options, os.path.basename(path), save,
-                    saves_on_enter=not outputs)
+    editor = Editor(picture, [] if points is None else points.pairs, settings, save)
+    editor.saves_on_enter = not job.outputs
     plt.show(block=True)
     if not editor.accepted:
         return None
     if editor.unusable:
-        logger.warning('%s: %d points that can not be used are left out', path, len(editor.unusable))
-    if outputs.pop('save_points', None):
+        logger.warning('%s: %d points that can not be used are left out', job.path, len(editor.unusable))
+    if job.outputs.pop('save_points', None):
         editor.save()
     return editor.points()
 
 
-def fit_with_reference(path, image, points, options, starmap):
-    """Return points, levels and the model beside the reference; with -a at all quiet places."""
-    with about(options.reference), open_picture(options.reference) as reference:
-        check_reference(image.shape, reference.shape)
-        with about(path):
-            if options.auto is not None:
-                n = options.auto or REFERENCE_AUTO
-                points = places_beside_reference(image, reference, n, options.sigma, points, starmap)
-            levels, noise = measure_levels(image, points, options.sigma)
-        found = fit_beside_reference(points, levels, measure_levels(reference, points, options.sigma)[0])
-    noise = np.median(noise, axis=0)
-    if (found.unexplained > MISREGISTERED * noise).any():
-        logger.warning('%s: the reference explains the points to %s, and the noise of their levels is %s: is '
-                       'it registered to the pixel?', path, in_words(found.unexplained), in_words(noise))
-    scales = [f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(found.scale, found.error)]
-    logger.info('%s: %d of %d points fit the reference, whose scale is %s; they are predicted from the '
-                'others to %s', path, found.kept.sum(), len(found.kept), ', '.join(scales),
-                in_words(found.unexplained))
-    return points.subset(found.kept), found.levels, found.model
-
-
 def read_points(options):
-    """Return the points of -p or -f, and (height, width) of the picture they were saved for, or None."""
+    """Return what is Given by -p or -f."""
     least = 3 if options.auto is None and not options.edit else 1
     if options.points is not None:
-        return make_points(options.points, least=least), None
+        return Given(make_points(options.points, least=least))
     if options.points_file is None:
-        return None, None
+        return Given(None)
     is_stream = options.points_file == '-'
     name = 'standard input' if is_stream else options.points_file
     stream = sys.stdin.buffer if sys.stdin else io.BytesIO()
@@ -3409,79 +3628,41 @@ def read_points(options):
     if saved and saved[3] != f'{options.sigma:g}':
         logger.warning('%s: the points were saved with --sigma %s, and are used with %g', name, saved[3],
                        options.sigma)
-    return points, saved and (int(saved[2]), int(saved[1]))
+    return Given(points, saved and (int(saved[2]), int(saved[1])))
 
 
-def encode_points(path, points, image, options):
+def encode_points(picture, points, settings):
     """Return the bytes of a file of points in the format of -f."""
-    height, width, _ = image.shape
-    lines = [f'# {printable(os.path.basename(path))}, {width} x {height} pixels, sigma {options.sigma:g}',
-             *format_points(points)]
+    height, width, _ = picture.shape
+    lines = [f'# {printable(os.path.basename(picture.path))}, {width} x {height} pixels, sigma {settings.sigma:g}',
+             *format_points_file(points)]
     return ('\n'.join(lines) + '\n').encode('utf-8', 'replace')
 
 
-def write_pictures(outputs, files, image, model, sky, options, starmap):
-    """Write the corrected picture and the background.
+def write_pictures(outputs, files, picture, correction):
+    """Write the corrected picture and the background, each in a pass of its own.
 
     Returns how many pixels became black and white, and of how many the background did not fit in the type.
     Memory: a few strips a worker.
     """
-    height, width, n_channels = image.shape
-    above, classic = model.above(sky), is_classic(model, options.sky)
-    writers = {kind: image.writer(files[kind], kind, options.rows, options.compress)
-               for kind in ('output', 'background') if kind in files}
+    counts = [np.zeros(3, int)]
 
     def correcting(start, stop):
-        encoded, n_limited, n_unfit = {}, (0, 0), 0
-        if 'output' in files:
-            strip = image.read(start, stop)
-            n_limited = correct_rows(strip, start, above, options.method, sky, options.dither, classic,
-                                     image.blank)
-            encoded['output'] = writers['output'].encode(strip)
-        if 'background' in files:
-            background = model.evaluate(start, stop, width)
-            noise = dither_noise(start, stop, width, n_channels, stream=1) if options.dither else None
-            n_unfit = count_unfit(background, image.dtype)
-            background = to_dtype(background, image.dtype, noise)
-            if image.blank is not None:
-                background = keep_off(background, image.blank)
-            encoded['background'] = writers['background'].encode(background)
-        return encoded, (*n_limited, n_unfit)
+        with about(picture.path):
+            strip, n_limited = correction.corrected_strip(picture, start, stop)
+        counts.append([*n_limited, 0])
+        return strip
 
-    total = np.zeros(3, int)
-    for encoded, counts in starmap(correcting, row_groups(height, options.rows) if writers else []):
-        total += counts
-        for kind, writer in writers.items():
+    def evaluating(start, stop):
+        strip, n_unfit = correction.background_strip(picture, start, stop)
+        counts.append([0, 0, n_unfit])
+        return strip
+
+    for kind, strip_at in (('output', correcting), ('background', evaluating)):
+        if kind in files:
             with about(outputs[kind]):
-                writer.append(encoded[kind])
-    for kind, writer in writers.items():
-        with about(outputs[kind]):
-            writer.finish()
-    return total
-
-
-@contextlib.contextmanager
-def threads(progress):
-    """Give an `itertools.starmap` that works in threads on lists of arguments, and keeps their order."""
-    np.empty(min(N_WORKERS, 4) * 2**27, np.uint8)  # MemoryError now; later, threads would hang, and BLAS exit
-    pool = concurrent.futures.ThreadPoolExecutor(N_WORKERS)
-
-    def results(work, arguments):
-        pending = collections.deque()
-        for each in arguments:
-            try:
-                pending.append(pool.submit(work, *each))
-            except RuntimeError as error:  # no more threads
-                raise MemoryError from error
-            if len(pending) > 2 * N_WORKERS:  # more results that wait would take more memory
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-    try:
-        yield lambda work, arguments: progress(results(work, arguments), len(arguments), work.__name__)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+                picture.write(files[kind], strip_at, kind, correction.settings)
+    return np.sum(counts, axis=0)
 
 
 def progress_bar(unit, text='', shown=True):
@@ -3493,35 +3674,84 @@ def progress_bar(unit, text='', shown=True):
         results, desc=f'{work}{text}', total=total, unit=unit, delay=1, leave=False)
 
 
-def report_chosen(path, image, given, chosen, n):
-    """Log how many points were chosen, warn of what makes the background uncertain, and return the points."""
+def report_chosen(picture, measured, settings):
+    """Log how many points were chosen, and warn of what makes the background uncertain."""
+    chosen, n = measured.chosen, settings.auto or AUTO
+    if not chosen:
+        return
     finer = 'a finer grid (-a 25)' if n < 25 else 'a smaller --sigma'
-    height, width, _ = image.shape
-    n_given, points = len(given.x) if given else 0, chosen.points
-    logger.info('%s: %d points chosen from %d quiet places%s', path, len(points.x) - n_given, chosen.n_places,
-                f' beside {n_given} given' if n_given else '')
+    points = measured.points
+    logger.info('%s: %d points chosen from %d quiet places%s', picture.path, len(points.x) - chosen.n_given,
+                chosen.n_places, f' beside {chosen.n_given} given' if chosen.n_given else '')
     if not chosen.agree:
         logger.warning('%s: the quiet places do not agree on one smooth sky, as where a nebula or the Milky '
                        'Way fills the frame, or bands cross it; look at --preview, and help -a with %s '
-                       'certain points of empty sky (-p, -f or --edit), with %s, or with a --reference', path,
-                       'more' if n_given else 'five or more', finer)
-    if image.bottom_up:
-        points = points._replace(y=height - 1 - points.y)
-    if parts := parts_without(points, height, width):
+                       'certain points of empty sky (-p, -f or --edit), with %s, or with a --reference',
+                       picture.path, 'more' if chosen.n_given else 'five or more', finer)
+    if parts := parts_without(points, picture):
         logger.warning('%s: no point at the %s, where the background is a guess; %s may find some, or give '
-                       'some (-p, -f or --edit)', path, ', '.join(parts), finer)
-    return chosen.points
+                       'some (-p, -f or --edit)', picture.path, ', '.join(parts), finer)
 
 
-def parts_without(points, height, width):
-    """Return the names of the outer ninths of the frame that have no point; y counts from the top."""
-    found = 3 * (3 * points.y // height) + 3 * points.x // width
-    return [name for i, name in enumerate(NINTHS) if name and i not in found]
+def parts_without(points, picture):
+    """Return the names of the outer ninths of the frame that have no point, as the picture is shown."""
+    height, width, _ = picture.shape
+    y = height - 1 - points.y if picture.bottom_up else points.y
+    ninths = 3 * (3 * y // height) + 3 * points.x // width
+    return [name for i, name in enumerate(NINTHS) if name and i not in ninths]
 
 
-def report_written(outputs, image, sky, counts):
+def report_correction(picture, correction):
+    """Log what was fitted, and warn of what makes it uncertain."""
+    (height, width, _), fit = picture.shape, correction.fit
+    if fit.beside:
+        report_reference(picture.path, fit)
+        return
+    points, levels, noise, _ = fit.measured
+    part = 12 * math.sqrt(max(0, np.linalg.det(np.cov(points.centers.T)))) / (height * width)
+    if part < LEAST_SPAN:
+        logger.warning('%s: the points span %.2g %% of the picture, and beyond them the background is a '
+                       'guess; spread them into the corners', picture.path, 100 * part)
+    if not fit.adaptive:
+        return
+    smooth = np.format_float_positional(fit.adaptive.smooth, 2, fractional=False, trim='-')
+    logger.info('%s: model: %s and a multiquadric of shape %.0f pixels and smoothness %s', picture.path,
+                fit.adaptive.trend, fit.adaptive.epsilon, smooth)
+    if len(points.x) > 4:  # fewer say nothing about each other
+        logger.info('%s: points are predicted from the others to %s (root mean square); the noise of their '
+                    'levels is %s', picture.path, in_words(rms(fit.adaptive.errors)),
+                    in_words(np.median(noise, axis=0)))
+    lowest, place = lowest_of_coarse(fit.model, height, width)
+    if lowest < 0 < levels.min():
+        logger.warning('%s: the background falls to %s, below 0, near %s, where no point holds it; add one '
+                       'of empty sky there', picture.path, in_words([lowest]), place)
+    if len(points.x) > 4 and not correction.misfits and hardly_agree(fit):
+        logger.warning('%s: the points hardly agree on a smooth background: some may be on nebulae or stars, '
+                       'or the glow needs more of them; look at --preview', picture.path)
+    for i, error in correction.misfits:
+        hint = 'brighter than its neighbors suggest: on a star or nebula?' if error > 0 else (
+            'darker than its neighbors suggest: on a dust cloud or border?')
+        if points.on_isoline[i]:
+            hint = 'off what its neighbors suggest: does the isoline run there?'
+        rounded = in_words([float(f'{abs(error):.3g}')])
+        logger.warning('%s: %s is %s %s', picture.path, points.describe([i]), rounded, hint)
+
+
+def report_reference(path, fit):
+    """Log how well a reference fits."""
+    beside, noise = fit.beside, np.median(fit.measured.noise, axis=0)
+    if (beside.unexplained > MISREGISTERED * noise).any():
+        logger.warning('%s: the reference explains the points to %s, and the noise of their levels is %s: is '
+                       'it registered to the pixel?', path, in_words(beside.unexplained), in_words(noise))
+    scales = [f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(beside.scale, beside.error)]
+    logger.info('%s: %d of %d points fit the reference, whose scale is %s; they are predicted from the '
+                'others to %s', path, beside.kept.sum(), len(beside.kept), ', '.join(scales),
+                in_words(beside.unexplained))
+
+
+def report_written(outputs, picture, sky, counts):
     """Log what was written, and warn of pixels, counts as of `write_pictures`, that became black or white."""
-    percents = 100 * counts[:2] / (image.shape[0] * image.shape[1])
+    percents = 100 * counts[:2] / (picture.shape[0] * picture.shape[1])
     cures = ('raise the sky with --sky NUMBER, or add a point of empty sky in a dark corner that has none',
              'lower the sky with --sky NUMBER, or keep white with --stretch')
     for percent, color, cure in zip(percents, ('black', 'white'), cures):
@@ -3535,45 +3765,6 @@ def report_written(outputs, image, sky, counts):
     for kind, path in outputs.items():
         level = f'; the sky is level at {in_words(sky)}' if kind == 'output' else ''
         logger.info('%s: written%s', path, level)
-
-
-def report_model(path, image, points, levels, noise, model):
-    """Log what was chosen, warn of points that do not fit, and return their indices."""
-    height, width, _ = image.shape
-    part = 12 * math.sqrt(max(0, np.linalg.det(np.cov(points.centers.T)))) / (height * width)
-    if part < LEAST_SPAN:
-        logger.warning('%s: the points span %.2g %% of the picture, and beyond them the background is a '
-                       'guess; spread them into the corners', path, 100 * part)
-    if not model.choice:
-        return []
-    choice, misfits = model.choice, find_misfits(points, levels, noise, model.choice)
-    noise = np.median(noise, axis=0)
-    smooth = np.format_float_positional(choice.smooth, 2, fractional=False, trim='-')
-    logger.info('%s: model: %s and a multiquadric of shape %.0f pixels and smoothness %s', path, choice.trend,
-                choice.epsilon, smooth)
-    if len(points.x) > 4:  # fewer say nothing about each other
-        logger.info('%s: points are predicted from the others to %s (root mean square); the noise of their '
-                    'levels is %s', path, in_words(np.sqrt((choice.errors**2).mean(axis=0))), in_words(noise))
-    lowest, place = lowest_of_coarse(model, height, width)
-    if lowest < 0 < levels.min():
-        logger.warning('%s: the background falls to %s, below 0, near %s, where no point holds it; add one '
-                       'of empty sky there', path, in_words([lowest]), place)
-    if hardly_agree(choice, levels, noise) and not misfits and len(points.x) > 4:
-        logger.warning('%s: the points hardly agree on a smooth background: some may be on nebulae or stars, '
-                       'or the glow needs more of them; look at --preview', path)
-    for i, error in misfits:
-        hint = 'brighter than its neighbors suggest: on a star or nebula?' if error > 0 else (
-            'darker than its neighbors suggest: on a dust cloud or border?')
-        if points.on_isoline[i]:
-            hint = 'off what its neighbors suggest: does the isoline run there?'
-        rounded = in_words([float(f'{abs(error):.3g}')])
-        logger.warning('%s: %s is %s %s', path, points.describe([i]), rounded, hint)
-    return [i for i, _ in misfits]
-
-
-def in_words(values):
-    """Return the values of the channels as text, as people write numbers."""
-    return ', '.join(f'{value:.0f}' if 1e4 <= abs(value) <= 1e12 else f'{value:.5g}' for value in values)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -3692,17 +3883,10 @@ def preview_name(path):
     return path
 
 
-def interrupt(signal_number, _):
-    """Raise SystemExit for the first signal, so that all is cleaned up, and ignore further ones."""
-    for each in SIGNALS:
-        signal.signal(each, ignore)
-    sys.exit(128 + signal_number)
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
     """Run the command line, `sys.argv` by default, and return the exit status."""
     parser = build_parser()
-    options = parser.parse_args(argv)
+    options = parser.parse_args(None if argv is None else [os.fspath(word) for word in argv])
     outputs = [getattr(options, kind) for kind in OUTPUTS]
     if '' in (*options.input, *outputs, options.points_file, options.reference):
         parser.error('the name of a file is empty')
@@ -3770,23 +3954,14 @@ class _Handler(logging.StreamHandler):
             super().emit(record)
 
     def handleError(self, record):  # noqa: N802
-        """Leave what can't be said, to a terminal that is gone, unsaid; short memory is said elsewhere."""
+        """Ignore messages that cannot be written; main() reports memory errors."""
         if isinstance(sys.exc_info()[1], MemoryError):
             raise
 
 
 def run():
-    """Run as a command, and exit with the status at once."""
-    gc.freeze()  # the libraries are there to stay
-    gc.enable()
-    status = main()
-    if 'matplotlib' in sys.modules:
-        atexit._run_exitfuncs()  # it removes a temporary folder
-    with contextlib.suppress(AttributeError, OSError):  # closed, or broken
-        sys.stderr.flush()
-    # All files are complete or gone: threads that still work on strips are not waited for, nor are the
-    # libraries taken apart, which takes a twentieth of an ordinary run.
-    os._exit(status)
+    """Run as a command, and exit with the status."""
+    sys.exit(main())
 
 
 if __name__ == '__main__':

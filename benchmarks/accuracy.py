@@ -49,9 +49,10 @@ def layouts(rng):
 
 def models(points, levels):
     """Yield name and (HEIGHT, WIDTH) background."""
-    places = rg.make_points(points)
+    channel = levels[:, None]
+    measured = rg.Measured(rg.make_points(points), channel, np.full_like(channel, 10.0))
     for name, smooth in [('adaptive', 'auto'), ('multiquadric', 0.1)]:
-        yield name, rg.fit_background(places, levels[:, None], smooth).evaluate(0, HEIGHT, WIDTH)[..., 0]
+        yield name, rg.fit_background(measured, smooth).model.evaluate(0, HEIGHT, WIDTH)[..., 0]
     spline = RBFInterpolator(points.astype(float), levels, kernel='thin_plate_spline', degree=1)
     yield 'thin-plate spline', spline(np.c_[X.ravel(), Y.ravel()].astype(float)).reshape(X.shape)
 
@@ -84,9 +85,8 @@ def main():
             nebula = 1500 * np.clip(1 - ((U - 0.5) / 0.3) ** 2 - ((V - 0.5) / 0.27) ** 2, 0, None) ** 0.7
             for kind, sky in [('stars', truth + light + noise), ('stars and nebula', truth + light + noise + nebula)]:
                 sky = np.clip(np.rint(sky), 0, 65535).astype(np.uint16)[..., None]
-                points, *_ = rg.choose_points(sky)
-                model = rg.fit_background(points, rg.measure_levels(sky, points)[0])
-                difference = model.evaluate(0, HEIGHT, WIDTH)[..., 0] - truth
+                fit = rg.fit_background(rg.choose_points(sky))
+                difference = fit.model.evaluate(0, HEIGHT, WIDTH)[..., 0] - truth
                 automatic.setdefault(name, {}).setdefault(kind, []).append(difference.std())
 
     def mean(values):

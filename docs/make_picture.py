@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Draw the pictures of the README and of the pages beside this script from test_data/sky.tif."""
-import argparse
 import sys
 from pathlib import Path
 
@@ -38,16 +37,13 @@ side_by_side('sky_levels.jpg', *(stretch(corrected(level), corrected('gray'))[:,
 # The preview of the points that come with the picture, and the window of the editor, with two bad points.
 lines = (here.parent / 'test_data' / 'skypoints').read_text().splitlines()
 given = rmgradient.make_points(rmgradient.parse_points_file(lines)[0])
-levels, _ = rmgradient.measure_levels(sky, given)
-model = rmgradient.fit_background(given, levels)
-level = rmgradient.find_sky('gray', 'subtract', levels, model, *sky.shape[:2])
+picture = rmgradient.open_picture(here.parent / 'test_data' / 'sky.tif')
 with open(here / 'preview.jpg', 'wb') as file:
-    rmgradient.draw_preview(file, 'jpg', sky, given, [], model, 'subtract', level, 24)
+    rmgradient.draw_preview(file, 'jpg', picture, rmgradient.find_correction(picture, given))
 
 matplotlib.use('Agg')
 few = [*points.centers[::2], (395, 195), (10, 200)]
-settings = argparse.Namespace(auto=None, sigma=8.0, smooth='auto', method='subtract', sky=None)
-editor = rmgradient.Editor(sky, few, settings, 'sky.tif', None)
+editor = rmgradient.Editor(picture, few, rmgradient.Settings(), None)
 editor.figure.savefig(here / 'editor.jpg', dpi=90)
 
 
@@ -61,7 +57,7 @@ for (above, below), (title, chosen) in zip(figure.subplots(2, 3).T, choices.item
     above.imshow(stretch(sky.astype(float)))
     above.set_title(title)
     bad = [len(chosen.x) - 1] if 'on the' in title else []
-    rmgradient.draw_points(above, chosen, bad, 24, numbered=False)
+    rmgradient.draw_points(above, chosen, bad, 24)
     # At one stretch, so that what is eaten is seen.
     result = rmgradient.remove_gradient(sky, chosen, sky=3100.0).astype(float)
     below.imshow(stretch(result, rmgradient.remove_gradient(sky, good, sky=3100.0).astype(float)))

@@ -46,6 +46,49 @@ def scatter(height=90, width=120, n=12, margin=24, seed=2):
     return np.array(places)[rng.choice(len(places), n, replace=False)]
 
 
+def measured(points, levels, noise=0.0):
+    """Return levels at points as if measured, with (n_points, n_channels) noise or the same everywhere."""
+    return rg.Measured(points, levels, np.broadcast_to(noise, levels.shape))
+
+
+def fit(points, levels, smooth='auto'):
+    """Return the Fit through levels at points."""
+    return rg.fit_background(measured(points, levels), smooth)
+
+
+class Drawn:
+    """A background that is a (height, width, n_channels) array, where a BackgroundModel is expected."""
+
+    def __init__(self, background):
+        self.background, self.n_channels = background, background.shape[2]
+
+    def above(self, sky):
+        return Drawn(self.background - sky)
+
+    def blocks(self, start, stop, width):
+        for top in range(0, stop - start, 13):
+            rows = slice(top, min(top + 13, stop - start))
+            yield rows, slice(0, width), self.background[start:stop][rows].copy()
+
+    def evaluate(self, start, stop, width):
+        return self.background[start:stop].copy()
+
+
+def correction(image, background, sky=0.0, **settings):
+    """Return the Correction of an image with a background, (height, width, n_channels), and a level of the sky."""
+    n_channels = background.shape[2]
+    levels = np.full((3, n_channels), settings.pop('level', 7.0))
+    fitted = rg.Fit(measured(rg.make_points([(0, 0), (1, 0), (0, 1)]), levels), Drawn(background))
+    return rg.Correction(fitted, np.zeros(n_channels) + sky, image.dtype, rg.Settings(**settings), [])
+
+
+def correct(image, shift, method='subtract', sky=0.0, dither=False):
+    """Return an image without a background that is as far above the sky as shift; zeros are data in it."""
+    image = np.pad(image, ((0, 0), (1, 1), (0, 0)), constant_values=1)
+    background = np.pad(shift, ((0, 0), (1, 1), (0, 0)), constant_values=0.5) + sky
+    return correction(image, background, sky, method=method, dither=dither).apply(image)[:, 1:-1]
+
+
 def words(points):
     """Return coordinates as the words of a command line."""
     return [str(value) for value in np.ravel(points)]

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import tifffile
-from helpers import draw
+from helpers import correction, draw, fit
 from matplotlib.image import imread
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.ndimage import gaussian_filter
@@ -44,7 +44,7 @@ def draw_sky(nebula=0.0, glow=2000.0, border=False, seed=11, n_channels=3):
 
 def error_of(points, sky, background):
     """Return the largest RMS error of a channel of the model through the points, its mean error removed."""
-    model = rg.fit_background(points, rg.measure_levels(sky, points)[0])
+    model = rg.fit_background(rg.measure_levels(sky, points)).model
     return (model.evaluate(0, HEIGHT, WIDTH) - background).std(axis=(0, 1)).max()
 
 
@@ -53,14 +53,15 @@ def error_of(points, sky, background):
                                             ({'glow': 24000.0, 'nebula': 800.0, 'seed': 5}, 20)])
 def test_chosen_points_give_the_background(case, most):
     sky, background, _ = sky_with(**case)
-    points, n_places, _ = rg.choose_points(sky)
+    measured = rg.choose_points(sky)
+    points, n_places = measured.points, measured.chosen.n_places
     assert 40 < len(points.x) <= n_places <= 150
     assert error_of(points, sky, background) < most  # the goals: counts of a noise of 50
 
 
 def test_nebula_is_avoided_and_the_glow_is_not():
     sky, _, light = sky_with(glow=16000.0, nebula=1500.0)
-    points, *_ = rg.choose_points(sky)
+    points = rg.choose_points(sky).points
     assert (light[points.y, points.x] > 100).sum() == 0
     assert points.x.min() < 100  # the brightest corner of the glow
     assert points.y.max() > HEIGHT - 100
@@ -69,13 +70,13 @@ def test_nebula_is_avoided_and_the_glow_is_not():
 def test_black_borders_saturated_cores_and_holes_are_avoided():
     sky, _, _ = sky_with(border=True)
     sky[300:400, 500:600] = 65535
-    points, *_ = rg.choose_points(sky)
+    points = rg.choose_points(sky).points
     for bad in (sky == 0).all(axis=2), (sky == 65535).any(axis=2):
         assert not any(bad[y - 24:y + 25, x - 24:x + 25].any() for x, y in zip(points.x, points.y))
     holes = sky.astype(np.float32)
     holes[sky == 0] = np.nan
     holes[500, 700] = np.inf
-    points, *_ = rg.choose_points(holes)
+    points = rg.choose_points(holes).points
     assert all(np.isfinite(holes[y - 24:y + 25, x - 24:x + 25]).all() for x, y in zip(points.x, points.y))
 
 
@@ -88,7 +89,7 @@ def test_windows_that_are_offered_are_never_refused(edge):
     sky[:, :edge - 780] = 0
     y, x = np.mgrid[0:900, 0:600]
     sky[x + y < edge - 600] = 0
-    places = rg.find_quiet_places(sky, 15, 8.0)
+    places = rg.find_quiet_places(rg.as_picture(sky), 15, 8.0)
     assert len(places) > 90
     rg.measure_levels(sky, rg.make_points(places))
 
@@ -108,31 +109,32 @@ def test_borders_of_some_channels_and_transparent_pixels_are_avoided(tmp_path):
     assert x.min() >= 124
     assert y.min() >= 74
     assert not ((x > 476) & (x < 724) & (y > 276) & (y < 424)).any()
-    places = rg.find_quiet_places(np.where(sky == 0, 7, sky), 15, 8.0)
+    places = rg.find_quiet_places(rg.as_picture(np.where(sky == 0, 7, sky)), 15, 8.0)
     assert places.min() < 60  # it is the zeros
 
 
 def test_type_and_scale_of_the_picture_do_not_matter():
     sky = (sky_with()[0] // 257).astype(np.uint8)
     sky[100:130, 100:130] = 255  # saturated
-    points, *_ = rg.choose_points(sky)
-    background = rg.fit_background(points, rg.measure_levels(sky, points)[0]).evaluate(0, HEIGHT, WIDTH)
+    points = rg.choose_points(sky).points
+    background = rg.fit_background(rg.measure_levels(sky, points)).model.evaluate(0, HEIGHT, WIDTH)
     for other, scale in [(sky.astype(np.uint16) * 257, 257), (sky / np.float32(255), 1 / 255),
                          (sky.astype(np.int32) * 65536, 65536)]:
-        again, *_ = rg.choose_points(other)
+        again = rg.choose_points(other).points
         assert_array_equal(again.x, points.x)
         assert_array_equal(again.y, points.y)
-        model = rg.fit_background(again, rg.measure_levels(other, again)[0])
+        model = rg.fit_background(rg.measure_levels(other, again)).model
         # float32 has 24 bits: 6e-8 of 255.
         assert_allclose(model.evaluate(0, HEIGHT, WIDTH) / scale, background, rtol=0, atol=1e-4)
 
 
 def test_choice_does_not_depend_on_threads_and_scale():
     sky, _, _ = sky_with()
-    points, *_ = rg.choose_points(sky)
-    with rg.threads(lambda results, *_: results) as starmap:
-        again, *_ = rg.choose_points(sky, starmap=starmap)
-    scaled, *_ = rg.choose_points(sky.astype(np.float64) / 65536)
+    points = rg.choose_points(sky).points
+    picture = rg.as_picture(sky)
+    with rg.threads(lambda results, *_: results) as picture.starmap:
+        again = rg.choose_points(picture).points
+    scaled = rg.choose_points(sky.astype(np.float64) / 65536).points
     for other in (again, scaled):
         assert_array_equal(other.x, points.x)
         assert_array_equal(other.y, points.y)
@@ -141,7 +143,8 @@ def test_choice_does_not_depend_on_threads_and_scale():
 @pytest.mark.parametrize('n', [5, 10, 20])
 def test_number_of_points(n):
     sky, background, _ = sky_with()
-    points, n_places, _ = rg.choose_points(sky, n)
+    measured = rg.choose_points(sky, n)
+    points, n_places = measured.points, measured.chosen.n_places
     assert n_places <= n * (n * 2 // 3 + 1)
     assert len(points.x) > 0.6 * n_places
     assert error_of(points, sky, background) < 25
@@ -152,11 +155,13 @@ def test_others_are_predicted_as_if_left_out():
     rng = np.random.default_rng(13)
     centers = rng.uniform(0, 900, (40, 2))
     levels = np.sin(centers / 300) + rng.normal(0, 0.1, (40, 2))
-    choice = rg.choose_model(centers, levels, np.arange(40))
+    points = rg.Points(*centers.T, np.arange(40))
+    sites = rg.Sites(points, levels, np.ones(2), np.zeros(40, bool), np.array([900, 900]), 60.0)
+    model = rg.choose_model(centers, levels, np.arange(40))
     for i in range(5):
-        errors, deviation = rg.predict_others(choice, centers, levels, np.arange(40) != i)
-        assert_allclose(errors[0], choice.errors[i], rtol=1e-6)
-        assert_allclose(errors[0] / deviation[0], choice.standardized[i], rtol=1e-6)
+        errors, deviation = rg.predict_others(model, sites, np.arange(40) != i)
+        assert_allclose(errors[0], model.errors[i], rtol=1e-6)
+        assert_allclose(errors[0] / deviation[0], model.standardized[i], rtol=1e-6)
 
 
 @pytest.mark.parametrize('dtype', ['u1', 'f4'])
@@ -169,7 +174,8 @@ def test_drawn_skies_without_noise(dtype, slope, stars):
     for row, column in np.random.default_rng(3).integers(0, 300, (stars, 2)):
         sky = np.where((y - row) ** 2 + (x - column) ** 2 < 9, 250, sky)
     sky = (sky if dtype == 'f4' else np.rint(sky)).astype(dtype)[..., None]
-    points, n_places, _ = rg.choose_points(sky, sigma=2)
+    measured = rg.choose_points(sky, sigma=2)
+    points, n_places = measured.points, measured.chosen.n_places
     assert 100 < len(points.x) <= n_places
     corrected = rg.remove_gradient(sky, points, sigma=2)[sky < 200].astype(float)
     # Integers: the picture and the output are rounded, and levels on its steps are off by up to half a count.
@@ -183,7 +189,8 @@ def test_places_on_a_line(turned):
     sky = 1000 + 0.5 * x + np.random.default_rng(1).normal(0, 10, x.shape)
     sky += 3000 * np.exp(-(((x - 1200) / 150) ** 2)) + 2000 * np.exp(-(((x - 200) / 90) ** 2))
     sky = np.rint(sky).astype(np.uint16)[..., None]
-    points, n_places, _ = rg.choose_points(sky.transpose(1, 0, 2) if turned else sky, 30)
+    measured = rg.choose_points(sky.transpose(1, 0, 2) if turned else sky, 30)
+    points, n_places = measured.points, measured.chosen.n_places
     assert (points.x if turned else points.y).tolist() == [24] * len(points.x)
     along = points.y if turned else points.x
     assert 10 < len(along) < n_places
@@ -253,7 +260,7 @@ def drawn_with_error(draw, seed):
 @pytest.mark.parametrize(('draw', 'seed', 'rule', 'without', 'times'), [
     (clouds, 18, 'rims', nothing, 3), (amplifier, 9, 'CORNER', 0, 1.5), (clouds, 40, 'ROUGH', 0.0, 1.5),
     (clouds, 71, 'MOST_END', 1.0, 3), (clouds, 79, 'BELOW', 1e9, 1.5), (starry, 8, 'GROUP', 1, 1.3),
-    (clouds, 71, 'leave_faint_ends', lambda sky, *_: sky, 1.5), (clouds, 18, 'STANDS_OUT', 1e9, 2),
+    (clouds, 71, 'leave_faint_ends', lambda followed, _: followed.is_sky, 1.5), (clouds, 18, 'STANDS_OUT', 1e9, 2),
     (clouds, 71, 'JOINS', 0.0, 1.5), (clouds, 71, 'DROPPED', 8.0, 3), (amplifier, 9, 'DROPPED', 3.0, 3),
     (clouds, 18, 'DEGREES', range(1, 5), 2)])
 def test_each_rule_is_needed(monkeypatch, draw, seed, rule, without, times):
@@ -305,13 +312,15 @@ def test_surfaces_are_least_squares():
 
 
 def test_rounding_hides_in_noise_or_is_noise():
-    points = rg.make_points(rg.find_quiet_places(np.random.default_rng(17).normal(100, 1, (300, 400, 1)), 10, 4.0))
+    sky = np.random.default_rng(17).normal(100, 1, (300, 400, 1))
+    points = rg.make_points(rg.find_quiet_places(rg.as_picture(sky), 10, 4.0))
     for scatter, hidden in ((0.2, False), (3.0, True)):
         sky = np.rint(np.random.default_rng(18).normal(100.4, scatter, (300, 400, 1)))
         noise = np.array([scatter / (2 * np.sqrt(np.pi) * 4)])
         for scale in (1, 257, 1 / 255):
             expected = noise * scale if hidden else np.array([scale / np.sqrt(12)])
-            assert_allclose(rg.with_rounding(noise * scale, sky * scale, points, 4.0), expected, rtol=1e-6)
+            found = rg.with_rounding(noise * scale, rg.as_picture(sky * scale), points, 4.0)
+            assert_allclose(found, expected, rtol=1e-6)
 
 
 # ---- points that are given ------------------------------------------------------------------------------------------
@@ -341,11 +350,11 @@ def test_a_few_certain_points_rescue_a_frame_full_of_nebula():
     given = given[:5]
     alone = rg.choose_points(sky)
     helped = rg.choose_points(sky, given=rg.make_points(given))
-    assert not alone.agree
+    assert not alone.chosen.agree
     assert helped.points.x[:5].tolist() == [x for x, _ in given]  # all kept, and first
     assert helped.points.y[:5].tolist() == [y for _, y in given]
     assert len(helped.points.x) > 15  # others that agree with them
-    assert helped.agree
+    assert helped.chosen.agree
     assert error_of(helped.points, sky, background) < 0.4 * error_of(alone.points, sky, background)
 
 
@@ -366,17 +375,18 @@ def test_points_that_grew_need_not_agree():
     sky, _, light = nebula_all_over()
     y, x = (each[::90] for each in np.nonzero(light[40:-40, 40:-40] > 300))
     given = np.stack([x, y], axis=1)[np.random.default_rng(1).choice(len(x), 8, replace=False)] + 40
-    assert not rg.choose_points(sky, given=rg.make_points(given)).agree
+    assert not rg.choose_points(sky, given=rg.make_points(given)).chosen.agree
 
 
 def test_parts_of_the_frame_without_a_point():
     x, y = np.meshgrid(np.arange(30, 900, 60), np.arange(30, 600, 60))
     points = rg.make_points(np.stack([x.ravel(), y.ravel()], axis=1))
-    assert rg.parts_without(points, HEIGHT, WIDTH) == []
+    picture = rg.as_picture(np.ones((HEIGHT, WIDTH)))
+    assert rg.parts_without(points, picture) == []
     for gone, names in (((points.x > 600) & (points.y > 400), ['lower right']),
                         (points.y < 210, ['upper left', 'top', 'upper right']),
                         ((points.x > 290) & (points.x < 610) & (points.y > 190) & (points.y < 410), [])):
-        assert rg.parts_without(points.subset(~gone), HEIGHT, WIDTH) == names
+        assert rg.parts_without(points.subset(~gone), picture) == names
 
 
 def test_warning_of_a_part_without_a_point(big):
@@ -390,8 +400,8 @@ def test_warning_of_a_part_without_a_point(big):
 
 
 def test_agreement():
-    assert rg.choose_points(sky_with(nebula=1500.0)[0]).agree
-    assert not rg.choose_points(nebula_all_over()[0]).agree
+    assert rg.choose_points(sky_with(nebula=1500.0)[0]).chosen.agree
+    assert not rg.choose_points(nebula_all_over()[0]).chosen.agree
 
 
 # ---- from the command line ------------------------------------------------------------------------------------------
@@ -409,8 +419,8 @@ def test_auto_and_saved_points(big):
     assert re.search(r'^rmgradient: sky.tif: \d+ points chosen from \d+ quiet places$', big.stderr, re.MULTILINE)
     lines = (big.folder / 'points').read_text().splitlines()
     assert lines[0] == '# sky.tif, 900 x 600 pixels, sigma 8'
-    expected, *_ = rg.choose_points(big.sky)
-    assert lines[1:] == rg.format_points(expected)
+    expected = rg.choose_points(big.sky).points
+    assert lines[1:] == rg.format_points_file(expected)
     assert big('-o', 'again.tif', points=['-f', 'points']) == 0
     assert (big.folder / 'again.tif').read_bytes() == (big.folder / 'out.tif').read_bytes()
     assert big('-o', 'five.tif', '-s', 4, points=['-a', '5']) == 0
@@ -454,12 +464,12 @@ def test_filled_windows_and_pixels_that_are_no_numbers_are_avoided():
     rng = np.random.default_rng(5)
     sky = rng.normal(1000, 10, (300, 400, 1))
     sky[90:210, 130:290] = 1000  # filled in by a program: the quietest windows of all
-    places = rg.find_quiet_places(sky, 15, 4.0)
+    places = rg.find_quiet_places(rg.as_picture(sky), 15, 4.0)
     assert len(places) > 80
     assert not ((places > [142, 102]) & (places < [278, 198])).all(axis=1).any()
     sky = rng.normal(1000, 10, (300, 400, 1)).astype(np.float32)
     sky[rng.random(sky.shape) < 0.0005] = np.nan
-    places = rg.find_quiet_places(sky, 15, 4.0)
+    places = rg.find_quiet_places(rg.as_picture(sky), 15, 4.0)
     assert len(places) > 40
     rg.measure_levels(sky, rg.make_points(places), 4.0)  # none is refused
 
@@ -480,9 +490,9 @@ def test_constant_channel_tells_nothing(constant):
     sky = sky_with(glow=4000.0)[0].astype(float)
     expected = rg.choose_points(sky[..., [0, 2]])
     sky[..., 1] = constant
-    chosen = rg.choose_points(sky)
-    assert_array_equal(chosen.points.pairs, expected.points.pairs)
-    assert chosen.agree == expected.agree
+    measured = rg.choose_points(sky)
+    assert_array_equal(measured.points.pairs, expected.points.pairs)
+    assert measured.chosen.agree == expected.chosen.agree
     flat = np.full((300, 400, 3), constant)
     given = rg.make_points([(60, 60), (-60, 280), (350, 60), (-350, 250)])
     assert len(rg.choose_points(flat).points.x) > 100
@@ -501,9 +511,9 @@ def test_points_on_one_isoline_are_one_measurement():
     """Five measured points lead the growth of others; one with five more on its isoline does not."""
     sky, _, _ = nebula_all_over()
     given = rg.make_points([(40, 500), (-60, 500), (-80, 500), (-100, 500), (-120, 500), (-140, 500)])
-    chosen = rg.choose_points(sky, given=given)
-    assert not chosen.agree
-    assert len(chosen.points.x) > 70  # of those that grow, less than half
+    measured = rg.choose_points(sky, given=given)
+    assert not measured.chosen.agree
+    assert len(measured.points.x) > 70  # of those that grow, less than half
 
 
 def test_grids_that_are_too_fine():
@@ -584,13 +594,13 @@ def test_preview_errors(cli, monkeypatch):
 @pytest.mark.parametrize('size', [(90, 120), (1100, 301), (301, 1100), (3, 2001)])
 def test_binned_picture_is_the_mean_of_a_few_rows(size):
     picture = np.random.default_rng(14).integers(0, 9, (*size, 2))
-    binned, k = rg.read_binned(picture, 0, size[1], 0, size[0], 250)
+    binned, k = rg.read_binned(rg.as_picture(picture), n=250)
     n_rows = min(k, 4 if k < 8 else 1)
     expected = [[picture[y:y + n_rows, x:x + k].mean(axis=(0, 1)) for x in range(0, size[1], k)]
                 for y in range(0, size[0], k)]
     assert max(np.shape(expected)[:2]) <= 251
     assert_allclose(binned, expected, rtol=1e-12)
-    part, k = rg.read_binned(picture, 1, 3, 0, 2)
+    part, k = rg.read_binned(rg.as_picture(picture), (1, 3, 0, 2))
     assert k == 1
     assert_array_equal(part, picture[0:2, 1:3])
 
@@ -602,13 +612,14 @@ def test_binned_result_is_that_of_the_pixels(method, dtype):
     if dtype == 'f4':
         sky = sky.clip(0, 1)
     level = np.median(background, axis=(0, 1))
-    after, black = rg.correct_binned(sky.astype(float), background, method, level, sky.dtype)
-    expected = rg.correct(sky, background - level, method, level)
+    found = correction(sky, background, level, method=method)
+    after, black = rg.correct_binned(found, sky.astype(float), background)
+    expected = found.apply(sky)
     assert np.abs(after.clip(0, 255 if dtype == 'u1' else 65535) - expected).max() < (1e-6 if dtype == 'f4' else 0.51)
     assert not black.any()
     sky[:5, -5:] = 0  # no data
     sky[20, 50:60] = sky.max() // 99 if dtype != 'f4' else 1e-4
-    after, black = rg.correct_binned(sky.astype(float), background + 2 * level, method, level, sky.dtype)
+    after, black = rg.correct_binned(found, sky.astype(float), background + 2 * level)
     assert (after[:5, -5:] == 0).all()
     assert black[20, 50:60].all() == (method != 'divide')
     assert not black[:5, -5:].any()
@@ -632,7 +643,7 @@ def test_preview_of_the_classic_way_is_what_is_written(cli, monkeypatch):
 def test_shrunk_model(factor):
     points = rg.make_points(np.random.default_rng(4).integers(0, 240, (20, 2)))
     levels = np.stack([100 + points.x + np.hypot(points.x - 99, points.y), 7.0 * points.y], axis=1)
-    model = rg.fit_background(points, levels)
+    model = fit(points, levels).model
     full = model.evaluate(0, 240, 240)
     middle = np.arange(factor // 2, 240, factor)  # of the large pixels, where their number of small ones is odd
     small = model.shrunk(factor).evaluate(0, 240 // factor, 240 // factor)

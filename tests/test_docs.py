@@ -66,3 +66,14 @@ def test_links_lead_somewhere():
         docutils = pytest.importorskip('docutils.core')
         settings = {'report_level': 2, 'halt_level': 2, 'file_insertion_enabled': False}
         docutils.publish_string(text, source_path=str(page), writer='html', settings_overrides=settings)
+
+
+def test_examples_for_python_are_typed(tmp_path):
+    """As `mypy --strict` sees them, which reads the annotations of the module."""
+    pytest.importorskip('mypy')
+    text = (ROOT / 'docs' / 'python.rst').read_text(encoding='utf-8')
+    lines = re.findall(r'^(?:>>>|\.\.\.) ?(.*)$', text, re.MULTILINE)
+    (tmp_path / 'examples.py').write_text('\n'.join(lines) + '\n')
+    done = subprocess.run([sys.executable, '-m', 'mypy', '--strict', '--follow-imports=silent', 'examples.py'],
+                          cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'MYPYPATH': str(ROOT)})
+    assert done.returncode == 0, done.stdout

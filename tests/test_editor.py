@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """Points set by hand: what can be done to them, and the window, with events of matplotlib and of a real screen."""
-import argparse
 import os
 import shutil
 import subprocess
@@ -91,7 +90,10 @@ def sky():
     return tifffile.imread(ROOT / 'test_data' / 'sky.tif')
 
 
-SETTINGS = {'auto': None, 'sigma': 8.0, 'smooth': 'auto', 'method': 'subtract', 'sky': None}
+def picture_of(array):
+    picture = rg.as_picture(array)
+    picture.path = 'sky.tif'
+    return picture
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def hand(sky):
     def save(points):
         saved.append(points)
         return 'my_points'
-    editor = rg.Editor(sky, [], argparse.Namespace(**SETTINGS), 'sky.tif', save)
+    editor = rg.Editor(picture_of(sky), [], rg.Settings(), save)
     hand = Hand(editor)
     hand.saved = saved
     yield hand
@@ -140,8 +142,9 @@ def test_points_are_added_moved_removed_undone_and_redone(hand):
 
 def test_background_is_that_of_the_points(hand, sky):
     hand.set(PLACES)
-    expected = rg.fit_background(rg.make_points(PLACES), rg.measure_levels(sky, rg.make_points(PLACES))[0])
-    assert_allclose(hand.editor.model.evaluate(0, HEIGHT, WIDTH), expected.evaluate(0, HEIGHT, WIDTH), rtol=1e-9)
+    expected = rg.find_correction(sky, PLACES).model
+    shown = hand.editor.correction.model.evaluate(0, HEIGHT, WIDTH)
+    assert_allclose(shown, expected.evaluate(0, HEIGHT, WIDTH), rtol=1e-9)
     assert 'result' in hand.editor.right.get_title()
     result = hand.editor.right.images[0].get_array()
     assert_allclose(result, 255 * rg.stretch_midtones(sky - expected.evaluate(0, HEIGHT, WIDTH)), atol=4)
@@ -269,7 +272,7 @@ def test_enter_needs_points_and_escape_leaves(hand):
 def test_zoom_shows_the_pixels(sky):
     matplotlib.use('Agg')
     large = np.kron(sky, np.ones((5, 5, 1), np.uint16))
-    editor = rg.Editor(large, [], argparse.Namespace(**SETTINGS), 'large', None)
+    editor = rg.Editor(picture_of(large), [], rg.Settings(), None)
     assert editor.left.images[0].get_array().shape[:2] == (400, 600)
     editor.left.set_xlim(1000, 1200)
     editor.left.set_ylim(1100, 1000)
@@ -278,7 +281,7 @@ def test_zoom_shows_the_pixels(sky):
     left, right, bottom, top = shown.get_extent()
     assert shown.get_array().shape[:2] == (101, 201)
     assert (left, right, bottom, top) == (999.5, 1200.5, 1100.5, 999.5)
-    whole, _ = rg.read_binned(large, 0, 3000, 0, 2000, 700)
+    whole, _ = rg.read_binned(rg.as_picture(large), n=700)
     expected = rg.stretch_midtones(large[1000:1101, 1000:1201].astype(float), whole)
     assert_allclose(shown.get_array(), 255 * expected, atol=1)
     plt.close('all')
@@ -302,8 +305,7 @@ def test_only_new_levels_are_measured_and_one_refit_waits(hand, monkeypatch):
 def test_gray_pictures_and_other_methods(sky):
     matplotlib.use('Agg')
     for method, level in (('divide', None), ('stretch', 'darkest'), ('subtract', 3000.0)):
-        settings = argparse.Namespace(**{**SETTINGS, 'method': method, 'sky': level})
-        editor = rg.Editor(sky[..., :1], PLACES, settings, 'gray', None)
+        editor = rg.Editor(picture_of(sky[..., :1]), PLACES, rg.Settings(method=method, sky=level), None)
         assert editor.right.images[0].get_array().shape == (HEIGHT, WIDTH)
         assert 'result' in editor.right.get_title()
     plt.close('all')
@@ -375,7 +377,7 @@ def test_nan_is_shown_without_a_word(sky):
     matplotlib.use('Agg')
     holey = sky.astype(np.float32)
     holey[:, :30] = np.nan
-    editor = rg.Editor(holey, PLACES, argparse.Namespace(**SETTINGS), 'sky', None)
+    editor = rg.Editor(picture_of(holey), PLACES, rg.Settings(), None)
     assert (editor.left.images[0].get_array()[:, :30] == 0).all()
     plt.close('all')
 

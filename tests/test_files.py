@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outputs are complete or absent, whatever happens."""
-import contextlib
 import errno
 import itertools
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -71,21 +71,12 @@ def test_file_that_appears_meanwhile_is_left_alone(cli, monkeypatch, late):
     monkeypatch.setattr(rg, 'write_pictures', race)
     assert cli('-b', 'bg.tif') == 1
     assert f'{late}: File exists' in cli.stderr
-    assert cli.files() == sorted([late, 'sky.tif'])
+    assert cli.files() == (['out.tif', 'sky.tif'] if late == 'out.tif' else ['bg.tif', 'out.tif', 'sky.tif'])
+    assert late == 'out.tif' or tifffile.imread('out.tif').shape == cli.sky.shape  # complete before its turn came
     assert (cli.folder / late).read_text() == 'precious'
 
 
-@pytest.fixture(params=['nameless', 'named'])
-def way(request, monkeypatch):
-    """Files without a name until they are complete, as on Linux, and with a temporary one, as elsewhere."""
-    if request.param == 'named':
-        monkeypatch.delattr(os, 'O_TMPFILE', raising=False)
-    elif not hasattr(os, 'O_TMPFILE'):
-        pytest.skip('needs O_TMPFILE')
-    return request.param
-
-
-def test_replaced_file_keeps_its_mode(cli, way):
+def test_replaced_file_keeps_its_mode_and_owner(cli):
     path = cli.folder / 'out.tif'
     path.write_text('old')
     for mode in (0o600, 0o664, 0o444):
@@ -96,81 +87,115 @@ def test_replaced_file_keeps_its_mode(cli, way):
         os.chown(path, 1234, 4321)
         assert cli('--overwrite') == 0
         assert (path.stat().st_uid, path.stat().st_gid) == (1234, 4321)
+    assert time.time() - path.stat().st_mtime < 60  # it is new
     assert cli.files() == ['out.tif', 'sky.tif']
 
 
-def test_file_that_appears_meanwhile_is_replaced_if_that_is_wanted(cli, monkeypatch, way):
-    link, appeared = os.link, []
+def acl(*entries):
+    """Return an access list as Linux stores it: version 2, then (tag, permissions, id) of each entry."""
+    return struct.pack('<I', 2) + b''.join(struct.pack('<HHI', *entry) for entry in entries)
 
-    def race(source, name, **how):
-        if not appeared:
-            appeared.append(name)
-            (cli.folder / 'out.tif').write_text('new')
-        link(source, name, **how)
-    monkeypatch.setattr(os, 'link', race)
+
+def test_replaced_file_keeps_its_access_list_and_attributes(cli):
+    """Its mode shows the mask of the list where the group's would be: set alone, the group gains access."""
+    path, nobody = cli.folder / 'out.tif', 2**32 - 1
+    path.write_text('old')
+    # Owner rw, user 1234 rw, group nothing, mask rw, others nothing.
+    wanted = acl((1, 6, nobody), (2, 6, 1234), (4, 0, nobody), (16, 6, nobody), (32, 0, nobody))
+    try:
+        os.setxattr(path, 'system.posix_acl_access', wanted)
+        os.setxattr(path, 'user.note', b'mine')
+    except (OSError, AttributeError):
+        pytest.skip('no access lists here')
     assert cli('--overwrite') == 0
-    assert appeared == [os.path.realpath('out.tif')]
-    assert tifffile.imread('out.tif').shape == cli.sky.shape
+    assert tifffile.imread(path).shape == cli.sky.shape
+    assert os.getxattr(path, 'system.posix_acl_access') == wanted
+    assert os.getxattr(path, 'user.note') == b'mine'
+
+
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_file_that_appears_meanwhile_is_replaced_only_if_that_is_wanted(cli, monkeypatch, overwrite):
+    write_pictures = rg.write_pictures
+
+    def race(*arguments):
+        (cli.folder / 'out.tif').write_text('new')
+        (cli.folder / 'out.tif').chmod(0o640)
+        return write_pictures(*arguments)
+    monkeypatch.setattr(rg, 'write_pictures', race)
+    assert cli(*['--overwrite'] * overwrite) == (0 if overwrite else 1)
+    assert (tifffile.imread('out.tif').shape == cli.sky.shape) if overwrite else (
+        (cli.folder / 'out.tif').read_text() == 'new')
+    assert (cli.folder / 'out.tif').stat().st_mode & 0o777 == 0o640
     assert cli.files() == ['out.tif', 'sky.tif']
 
 
-@pytest.mark.skipif(not hasattr(os, 'O_TMPFILE'), reason='needs O_TMPFILE')
-def test_nothing_has_a_name_before_it_is_complete(cli, monkeypatch):
+def test_nothing_has_its_name_before_all_are_complete(cli, monkeypatch):
     write_pictures = rg.write_pictures
 
     def look(*arguments):
         done = write_pictures(*arguments)
-        assert cli.files() == ['sky.tif']
+        assert [name for name in cli.files() if not name.startswith('.rmgradient-')] == ['sky.tif']
         return done
     monkeypatch.setattr(rg, 'write_pictures', look)
     assert cli('-b', 'bg.tif', '--preview', 'p.png', '--save-points', 'p') == 0
     assert cli.files() == ['bg.tif', 'out.tif', 'p', 'p.png', 'sky.tif']
 
 
-@pytest.mark.parametrize('code', [errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
-def test_file_system_without_links(cli, monkeypatch, code):
-    monkeypatch.delattr(os, 'O_TMPFILE', raising=False)  # such a file system has none
-    def link(*_, **__):
-        raise OSError(code, 'no links')
-    monkeypatch.setattr(os, 'link', link)
-    assert cli('-b', 'bg.tif') == 0
-    (cli.folder / 'bg.tif').write_text('old')
-    assert cli('-b', 'bg.tif', '--overwrite') == 0
-    assert tifffile.imread('bg.tif').shape == cli.sky.shape
-    assert cli.files() == ['bg.tif', 'out.tif', 'sky.tif']
+def strace_works():
+    try:
+        done = subprocess.run(['strace', '-f', '-qq', '-o', os.devnull, '-e', 'inject=fsync:error=EIO', 'true'],
+                              capture_output=True)
+    except OSError:
+        return False
+    return done.returncode == 0
 
 
-@pytest.mark.parametrize('overwrite', [False, True])
-@pytest.mark.parametrize('name', ['open', 'fsync', 'link', 'replace', 'close'])
-def test_nth_system_call_fails(cli, monkeypatch, name, overwrite, way):
-    """Whatever fails, and when: one line, and the folder as it was."""
-    if (name, way) == ('open', 'nameless'):
-        pytest.skip('a file with a name takes its place')
-    if overwrite:
-        for path in ('out.tif', 'bg.tif'):
-            (cli.folder / path).write_text(f'old {path}')
-    before = contents(cli.folder)
-    real = getattr(os, name)
-    for n in range(100):
-        calls = itertools.count()
+needs_strace = pytest.mark.skipif(not strace_works(), reason='needs strace')
 
-        def fail(*arguments, calls=calls, n=n, **more):
-            if next(calls) == n:
-                if name == 'close':
-                    real(*arguments)  # a failing close closes all the same
-                raise OSError(errno.EIO, 'Input/output error')
-            return real(*arguments, **more)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, fail)
-            status = cli('-q', '-b', 'bg.tif', *['--overwrite'] * overwrite)
-        if next(calls) <= n:
+
+def run_with_fault(cli, calls, fault, *arguments):
+    """Run the command with system calls that fail; return status and message."""
+    command = ['strace', '-f', '-qq', '-o', os.devnull, '-e', f'trace={calls}', '-e', f'inject={calls}:{fault}',
+               sys.executable, ROOT / 'rmgradient.py', '-q', '-i', 'sky.tif', '-o', 'out.tif', *arguments, '-p',
+               *words(cli.points)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cli.folder,
+                          env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'})
+    return done.returncode, done.stderr
+
+
+@needs_strace
+def test_file_system_without_links(cli):
+    """As Linux, FUSE and macOS say it; names are given by renaming then, and nothing is replaced unasked."""
+    for number, code in enumerate(('EPERM', 'EOPNOTSUPP', 'ENOSYS')):
+        assert run_with_fault(cli, 'link,linkat', f'error={code}', '-o', f'{number}.tif', '-b', 'bg.tif',
+                              '--overwrite') == (0, '')
+        assert tifffile.imread(f'{number}.tif').shape == tifffile.imread('bg.tif').shape == cli.sky.shape
+    assert cli.files() == ['0.tif', '1.tif', '2.tif', 'bg.tif', 'sky.tif']
+
+
+@needs_strace
+@pytest.mark.parametrize(('calls', 'overwrite', 'most'), [
+    ('fsync', False, 3), ('fsync', True, 3), ('link,linkat', False, 2), ('rename,renameat,renameat2', True, 2)])
+def test_nth_system_call_fails(cli, calls, overwrite, most):
+    """Whatever fails, and when: one line, each output whole or as before, and no other file."""
+    for n in range(1, most + 2):
+        for name in ('out.tif', 'bg.tif'):
+            (cli.folder / name).unlink(missing_ok=True)
+            if overwrite:
+                (cli.folder / name).write_text('old')
+        status, message = run_with_fault(cli, calls, f'error=EIO:when={n}', '-b', 'bg.tif',
+                                         *['--overwrite'] * overwrite)
+        if n > most:
             break
-        assert status == 1, f'{name} number {n} failed unnoticed'
-        assert cli.stderr.count('\n') == 1
-        assert 'Input/output error' in cli.stderr
-        assert contents(cli.folder) == before
-    assert n >= {'open': 3, 'fsync': 3, 'link': 2, 'replace': 2 * overwrite, 'close': 1}[name]
-    assert status == 0
+        assert status == 1, f'number {n} failed unnoticed'
+        assert message.count('\n') == 1
+        assert 'Input/output error' in message
+        assert set(cli.files()) <= {'bg.tif', 'out.tif', 'sky.tif'}
+        whole = [name for name in ('out.tif', 'bg.tif') if (cli.folder / name).exists()
+                 and (cli.folder / name).read_bytes() != b'old']
+        assert all(tifffile.imread(name).shape == cli.sky.shape for name in whole)
+        assert len(whole) == {'fsync': 0 if n < 3 else 2}.get(calls, n - 1)
+    assert (status, message) == (0, '')
     assert cli.files() == ['bg.tif', 'out.tif', 'sky.tif']
 
 
@@ -247,17 +272,12 @@ def test_full_file_system(cli):
         subprocess.run(['umount', 'small'], check=True)
 
 
-def is_writing(process, folder):
-    """Tell whether a process has begun to write, to a file with a temporary name or without one."""
-    with contextlib.suppress(OSError):  # it ends, or there is no /proc
-        descriptors = f'/proc/{process.pid}/fd'
-        if any(f'{folder}/#' in os.readlink(f'{descriptors}/{name}') for name in os.listdir(descriptors)):
-            return True
+def is_writing(folder):
+    """Whether a process has begun to write into a folder."""
     return any(name.startswith('.rmgradient-') for name in os.listdir(folder))
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/fd') or not hasattr(os, 'O_TMPFILE'), reason='needs Linux')
-def test_kill_at_any_moment_leaves_nothing(cli):
+def test_kill_at_any_moment_leaves_no_part_of_an_output(cli):
     rng = np.random.default_rng(1)
     tifffile.imwrite('sky.tif', rng.integers(1000, 2000, (700, 700, 3), np.uint16), photometric='rgb')
     arguments = ['-q', '-i', 'sky.tif', '-o', 'out.tif', '-b', 'bg.tif', '-c', 9, '-p', *words(cli.points * 6)]
@@ -272,16 +292,19 @@ def test_kill_at_any_moment_leaves_nothing(cli):
         if i < 4:
             time.sleep(i / 4 * duration)
         else:
-            while process.poll() is None and not is_writing(process, cli.folder):
+            while process.poll() is None and not is_writing(cli.folder):
                 time.sleep(0.001)
             n_writing += process.poll() is None
             time.sleep((i - 4) / 6 * 0.6 * duration)
         process.kill()
         process.communicate()
-        # Between the two links one of two files may be there, complete.
-        assert set(cli.files()) <= {'bg.tif', 'out.tif', 'sky.tif'}
-        for name in set(cli.files()) - {'sky.tif'}:
+        # Hidden files may be left, and between the two links one of two outputs may be there, complete.
+        hidden = [name for name in cli.files() if name.startswith('.rmgradient-')]
+        for name in set(cli.files()) - {'sky.tif', *hidden}:
+            assert name in ('bg.tif', 'out.tif')
             assert tifffile.imread(name).shape == (700, 700, 3)
+        for name in hidden:
+            (cli.folder / name).unlink()
     assert n_writing >= 5
 
 
@@ -295,7 +318,7 @@ def test_signals_leave_nothing(cli, number, status, overwrite):
         (cli.folder / 'out.tif').write_text('old')
     process = run('-i', 'sky.tif', '-o', 'out.tif', '-c', 9, '-p', *words(cli.points), *['--overwrite'] * overwrite,
                   cwd=cli.folder)
-    while not is_writing(process, cli.folder):
+    while not is_writing(cli.folder):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(getattr(signal, number))

@@ -379,19 +379,27 @@ def test_output_is_of_the_format_of_the_input(run):
     run.cli.fails('-i', 'sky.fits', '-o', 'y.fits', '-c', '1', match='FITS is written without compression')
 
 
-def test_without_astropy(run, monkeypatch):
+def test_nothing_of_astropy_is_loaded(run):
     (run.cli.folder / 'sky.fits').write_bytes(header(**PRIMARY) + DATA)
-    for error, match in ((ModuleNotFoundError('no', name='astropy'), 'sky.fits: astropy is missing; run: python'),
-                         (RuntimeError('numpy is too new'), 'a library can not be loaded (RuntimeError)')):
-        class Finder:
-            def find_spec(self, name, *_, error=error):
-                if name.startswith('astropy'):
-                    raise error
-        with monkeypatch.context() as patch:
-            for name in [name for name in sys.modules if name.partition('.')[0] == 'astropy']:
-                patch.delitem(sys.modules, name)
-            patch.setattr(sys, 'meta_path', [Finder()])
-            run.cli.fails('-i', 'sky.fits', '-o', 'x.fits', match=match)
+    points = ' '.join(map(str, np.ravel(run.cli.points)))
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import rmgradient; "
+            f"rmgradient.main('-q -i sky.fits -o x.fits -s 2 -p {points}'.split()); print('astropy' in sys.modules)")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=run.cli.folder)
+    assert (done.stdout, done.stderr) == ('False\n', '')
+
+
+@pytest.mark.parametrize('text', [
+    '                   T / yes', 'F', '  42', '-7 / seven', "'a''b  '", "'it / is' / no", '1.5E3', ' -2.5D-3 / d',
+    '.5', '5.', '+3', "''", '/ undefined', '', '007', '1E5'])
+def test_values_are_those_of_astropy(text):
+    card = f'KEY     = {text}'.ljust(80)
+    expected = pytest.importorskip('astropy.io.fits').Card.fromstring(card).rawvalue
+    value = rg.parse_card(card.encode())
+    if type(expected).__name__ == 'Undefined':
+        expected = None
+    assert value == expected
+    assert type(value) is type(expected)
+
 
 
 def test_what_is_read(run, monkeypatch):

@@ -42,9 +42,8 @@ def test_words_that_are_not_pairs(text, match):
     ([(1, 2), (3, 4)], 'too few points, 2; give at least three'),
     ([(1, 2), (3, 4), (1, 2), (5, 6)], r'point \(1, 2\), number 3, repeats number 1'),
     ([(1, 2), (3, 4), (5, 6), (-3, 4)], r'point \(3, 4\), number 4, repeats number 2'),
-    ([(1, 2), (3, 4.5), (5, 6)], 'whole numbers'),
-    ([(1, 2), (3, np.nan), (5, 6)], 'whole numbers'),
-    ([(1, 2), (3, np.inf), (5, 6)], 'whole numbers'),
+    ([(1, 2), (3, np.nan), (5, 6)], 'numbers of pixels'),
+    ([(1, 2), (3, np.inf), (5, 6)], 'numbers of pixels'),
     ([1, 2, 3], 'pairs of coordinates'),
     ([(1, 2, 3)], 'pairs of coordinates'),
 ])
@@ -118,7 +117,7 @@ def test_points_file_names_the_line(line, match):
 def test_points_survive_a_file(drawn):
     pairs = [(-float(x), y) if signed and i else (x, y) for i, (x, y, signed) in enumerate(drawn)]
     points = rg.make_points(pairs)
-    for again in (rg.parse_points_file(rg.format_points(points))[0], points.pairs):
+    for again in (rg.parse_points_file(rg.format_points_file(points))[0], points.pairs):
         for one, other in zip(points[:3], rg.make_points(again)):
             assert one.tolist() == other.tolist()
 
@@ -141,3 +140,12 @@ def test_isoline_may_touch_the_border_but_not_leave():
     rg.check_points(rg.make_points([(50, 50), (-0.0, 0), (-199, 99)]), 100, 200, 24)
     with pytest.raises(rg.RmgradientError, match='outside'):
         rg.check_points(rg.make_points([(50, 50), (-0.0, 0), (-200, 99)]), 100, 200, 24)
+
+
+def test_decimals_are_rounded_as_on_the_command_line():
+    pairs = [(1.5, 2.49), (-3.51, 4.5), (5.5, 6.0)]
+    words = ' '.join(f'{x} {y}' for x, y in pairs).split()
+    for one, other in zip(rg.make_points(pairs)[:3], rg.make_points(rg.parse_coordinates(words))):
+        assert one.tolist() == other.tolist()
+    with pytest.raises(rg.RmgradientError, match='repeats'):
+        rg.make_points([(1.1, 2), (1, 2.2), (5, 6)])

@@ -22,10 +22,14 @@ def test_function_does_what_the_command_does(cli, options):
     more = {'sigma': 4.0, 'smooth': 0.1} if '-m' in options else {}
     if '--sky' in options:
         more['sky'] = 300 if '300' in options else options[1]
-    corrected, model = rg.remove_gradient(cli.sky, cli.points, method=method, dither='--dither' in options,
-                                          return_model=True, **more)
-    assert_array_equal(corrected, tifffile.imread('out.tif'))
-    assert model.evaluate(0, 90, 120).shape == cli.sky.shape
+    more |= {'method': method, 'dither': '--dither' in options}
+    assert_array_equal(rg.remove_gradient(cli.sky, cli.points, **more), tifffile.imread('out.tif'))
+    found = rg.find_correction(cli.sky, cli.points, **more)
+    assert found.model.evaluate(0, 90, 120).shape == cli.sky.shape
+    # Any rows, given where they are in the frame.
+    assert_array_equal(found.apply(cli.sky[37:61], start=37), tifffile.imread('out.tif')[37:61])
+    assert found.points.centers.tolist() == cli.points.tolist()
+    assert found.levels.shape == (12, 3)
 
 
 @pytest.mark.parametrize('dtype', ['u1', '>u2', '>i2', 'f4', '>f8'])
@@ -46,8 +50,9 @@ def test_shape_and_type_are_kept(dtype, n_channels):
 @pytest.mark.parametrize(('arguments', 'match'), [
     ({'image': np.zeros((90, 120), complex)}, 'is not a picture'), ({'image': np.zeros(90)}, 'is not a picture'),
     ({'image': np.zeros((0, 5))}, 'is not a picture'), ({'method': 'multiply'}, "'multiply' is none of"),
-    ({'sky': 'grey'}, "'grey', is neither a number"), ({'sky': np.nan}, 'neither'),
-    ({'points': [(30, 30)]}, 'too few'), ({'sigma': -1}, '0.1 to 10000'), ({'sigma': 20}, 'smaller sigma')])
+    ({'sky': 'grey'}, "'grey', is neither a number"), ({'sky': [1, 2]}, '2 sky levels for a picture of 3 channels'),
+    ({'sky': [[1]]}, 'neither'), ({'sky': ['a', 'b', 'c']}, 'neither'), ({'sky': np.nan}, 'neither'),
+    ({'points': [(30, 30)]}, 'too few'), ({'sigma': -1}, 'from 0.1 to 10000'), ({'sigma': 20}, 'smaller sigma')])
 def test_errors_are_values(arguments, match):
     with pytest.raises(ValueError, match=match) as caught:
         rg.remove_gradient(**({'image': draw()[0], 'points': scatter()} | arguments))
@@ -75,6 +80,33 @@ def test_stretch_of_bright_floats(cli):
     tifffile.imwrite('sky.tif', cli.sky.astype(np.float32), photometric='rgb')
     cli.fails('--stretch', match='sky.tif: stretching takes 1.0 for white, but there are values up to')
     cli.fails('--stretch', '--divide', status=2, match='not allowed with')
+
+
+def test_sky_of_each_channel():
+    sky, _ = draw()
+    corrected = rg.remove_gradient(sky, scatter(), sky=[2000, 3000, 4000])
+    gray = rg.remove_gradient(sky, scatter(), sky=3000)
+    assert_array_equal(corrected.astype(int) - gray, np.broadcast_to([-1000, 0, 1000], sky.shape))
+    assert_array_equal(rg.remove_gradient(sky, scatter(), sky=np.array([2000, 3000, 4000])), corrected)
+
+
+def test_correction_is_for_pictures_like_its_own():
+    found = rg.find_correction(draw()[0], scatter())
+    with pytest.raises(rg.RmgradientError, match='1 channels, and the correction is for 3'):
+        found.apply(np.ones((90, 120)))
+
+
+def test_unknown_setting_is_an_error():
+    with pytest.raises(TypeError, match='smoth'):
+        rg.remove_gradient(draw()[0], scatter(), smoth=0.1)
+
+
+def test_paths_of_any_kind(cli):
+    """A pathlib.Path works wherever a name does."""
+    points = [word for pair in cli.points for word in map(str, pair)]
+    assert rg.main(['-q', '-i', cli.folder / 'sky.tif', '-o', cli.folder / 'path.tif', '-p', *points]) == 0
+    with rg.open_picture(cli.folder / 'sky.tif') as picture:
+        assert_array_equal(rg.remove_gradient(picture, cli.points), tifffile.imread('path.tif'))
 
 
 def test_open_picture_serves_as_an_array(cli):
@@ -115,7 +147,7 @@ def test_examples_of_the_documentation(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(('arguments', 'match'), [
     ({'smooth': -1}, "smoothness -1 is neither a number from 0 on nor 'auto'"), ({'smooth': 'none'}, 'smoothness'),
-    ({'smooth': np.nan}, 'smoothness nan'), ({'sigma': 'x'}, 'a blur of sigma x'), ({'sky': -1}, 'sky level of -1'),
+    ({'smooth': np.nan}, 'smoothness nan'), ({'sigma': 'x'}, "a blur of sigma 'x'"), ({'sky': -1}, 'sky level of -1'),
     ({'rows': 0}, 'rows are 0'), ({'rows': 2.5}, 'rows are 2.5'),
     ({'image': np.ma.masked_less(draw()[0], 10)}, r'an image with a mask would lose it; pass image.filled\(np.nan\)'),
     ({'image': np.moveaxis(draw()[0], 2, 0)}, r'channels first; pass np.moveaxis\(image, 0, -1\)')])
@@ -134,8 +166,9 @@ def test_ccd_data_are_refused():
 def test_gray_arrays_everywhere():
     sky = tifffile.imread(ROOT / 'test_data' / 'sky.tif')[..., 0]
     chosen = rg.choose_points(sky)
-    levels, noise = rg.measure_levels(sky, chosen.points)
+    _, levels, noise, _ = rg.measure_levels(sky, chosen.points)
     assert levels.shape == noise.shape == (len(chosen.points.x), 1)
+    assert_array_equal(levels, chosen.levels)
     assert_array_equal(rg.choose_points(sky[..., None]).points.x, chosen.points.x)
     assert rg.remove_gradient(sky, chosen.points, reference=sky).shape == sky.shape
 

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 import tifffile
-from helpers import words
+from helpers import measured, words
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.ndimage import gaussian_filter, rotate, shift
 
@@ -56,17 +56,20 @@ def error_of(model, background):
 
 
 def beside(frame, reference, **more):
-    return rg.remove_gradient(frame, 'auto', reference=reference, return_model=True, **more)
+    return rg.find_correction(frame, 'auto', reference=reference, **more)
+
+
+def places_beside(frame, reference, n=15, given=None):
+    return rg.places_beside_reference([rg.as_picture(each) for each in (frame, reference)], n, 8.0, given)
 
 
 def test_reference_tells_nebula_from_glow():
     frame, reference, background = pair()
-    corrected, model = beside(frame, reference)
-    assert error_of(model, background) < 3
-    alone = rg.remove_gradient(frame, 'auto', return_model=True)[1]
-    assert error_of(alone, background) > 100
+    found = beside(frame, reference)
+    assert error_of(found.model, background) < 3
+    assert error_of(rg.find_correction(frame, 'auto').model, background) > 100
     # What is left is the field, on a level sky.
-    left = gaussian_filter(corrected - field() * [0.8, 0.9, 1.1], (8, 8, 0))
+    left = gaussian_filter(found.apply(frame) - field() * [0.8, 0.9, 1.1], (8, 8, 0))
     assert (left.std(axis=(0, 1)) < 6).all()
 
 
@@ -74,9 +77,9 @@ def test_scale_and_its_standard_error():
     off = []
     for seed in range(3, 9):
         frame, reference, _ = pair(seed)
-        points = rg.places_beside_reference(frame, reference, 15, 8.0)
-        levels, _ = rg.measure_levels(frame, points)
-        found = rg.fit_beside_reference(points, levels, rg.measure_levels(reference, points)[0])
+        points = places_beside(frame, reference)
+        levels = rg.measure_levels(reference, points).levels
+        found = rg.fit_beside_reference(rg.measure_levels(frame, points), levels).beside
         assert_allclose(found.scale, [0.8, 0.9, 1.1], rtol=0.02)
         off.append((found.scale - [0.8, 0.9, 1.1]) / found.error)
     # 18 values of variance one: their root mean square is within 0.5 and 1.6 but once in a thousand times.
@@ -90,21 +93,21 @@ def test_it_is_kriging_with_external_drift():
     light = rng.normal(0, 300, (len(points.x), 1))
     levels = 1000 + 0.5 * points.x[:, None] + 200 * np.sin(points.y[:, None] / 150) + 0.7 * light
     levels = levels + rng.normal(0, 2, levels.shape)
-    found = rg.fit_beside_reference(points, levels, light)
-    assert found.kept.all()
-    choice, centers = found.model.choice, points.centers
+    found = rg.fit_beside_reference(measured(points, levels), light)
+    assert found.beside.kept.all()
+    model, centers = found.adaptive, points.centers
 
     def kernel(a):
-        return np.sqrt(((a[:, None] - centers) ** 2).sum(axis=2) / choice.epsilon**2 + 1)
+        return np.sqrt(((a[:, None] - centers) ** 2).sum(axis=2) / model.epsilon**2 + 1)
 
     def terms(a):
-        return np.hstack([np.ones((len(a), 1)), a])[:, :3 if choice.trend == 'plane' else 1]
+        return np.hstack([np.ones((len(a), 1)), a])[:, :3 if model.trend == 'plane' else 1]
 
     drift = np.hstack([terms(centers), light - np.median(light)])
     n, n_terms = drift.shape
-    matrix = np.block([[kernel(centers) - choice.smooth * np.eye(n), drift], [drift.T, np.zeros((n_terms, n_terms))]])
+    matrix = np.block([[kernel(centers) - model.smooth * np.eye(n), drift], [drift.T, np.zeros((n_terms, n_terms))]])
     solution = np.linalg.solve(matrix, np.vstack([levels, np.zeros((n_terms, 1))]))
-    assert_allclose(found.scale, solution[-1], rtol=1e-5)
+    assert_allclose(found.beside.scale, solution[-1], rtol=1e-5)
     at = rng.uniform(0, 500, (20, 2)).round()
     expected = kernel(at) @ solution[:n] + terms(at) @ solution[n:-1]
     rows = found.model.evaluate(0, 501, 501)
@@ -114,18 +117,19 @@ def test_it_is_kriging_with_external_drift():
 
 def test_bad_places_are_left_out():
     frame, reference, background = pair()
-    points = rg.places_beside_reference(frame, reference, 15, 8.0)
+    points = places_beside(frame, reference)
     bad = np.random.default_rng(11).choice(len(points.x), 10, replace=False)
     for i in bad:  # satellites, moved objects
         x, y = points.x[i], points.y[i]
         reference[y - 6:y + 7, x - 6:x + 7] += 3000
-    levels, _ = rg.measure_levels(frame, points)
-    found = rg.fit_beside_reference(points, levels, rg.measure_levels(reference, points)[0])
+    levels = rg.measure_levels(reference, points).levels
+    found = rg.fit_beside_reference(rg.measure_levels(frame, points), levels)
+    kept = found.beside.kept
     near = rg.distances_between(points.centers, points.centers[bad]).min(axis=1) < 30
-    assert not found.kept[bad].any()
-    assert (~found.kept & ~near).sum() <= 0.06 * len(points.x)
+    assert not kept[bad].any()
+    assert (~kept & ~near).sum() <= 0.06 * len(points.x)
     assert error_of(found.model, background) < 10
-    assert len(found.levels) == found.kept.sum() == len(found.model.centers)
+    assert len(found.measured.levels) == kept.sum() == len(found.model.centers)
 
 
 @pytest.mark.parametrize(('spoil', 'most'), [
@@ -135,7 +139,7 @@ def test_bad_places_are_left_out():
 def test_registration_need_not_be_perfect(spoil, most):
     """A shift by two pixels, a turn by 0.2 degrees, stars twice as wide, in a nebula of steep edges."""
     frame, reference, background = pair()
-    assert error_of(beside(frame, spoil(reference.astype(float)))[1], background) < most
+    assert error_of(beside(frame, spoil(reference.astype(float))).model, background) < most
 
 
 @pytest.mark.parametrize('kind', ['gray', 'u1'])
@@ -143,24 +147,24 @@ def test_reference_of_another_kind(kind):
     frame, reference, background = pair()
     reference = {'gray': (reference.mean(axis=2) / 65535).astype(np.float32),
                  'u1': (reference // 40).clip(0, 255).astype(np.uint8)}[kind]
-    assert error_of(beside(frame, reference)[1], background) < (30 if kind == 'gray' else 8)
+    assert error_of(beside(frame, reference).model, background) < (30 if kind == 'gray' else 8)
 
 
 def test_gray_reference_of_a_gray_field_is_as_good():
     frame, reference, background = pair()
-    assert error_of(beside(frame[..., 0], reference[..., 0])[1], background[..., :1]) < 4
+    assert error_of(beside(frame[..., 0], reference[..., 0]).model, background[..., :1]) < 4
 
 
 def test_places_without_data_in_the_reference_are_left_out():
     frame, reference, _ = pair()
     reference[:, :150] = 0
-    points = rg.places_beside_reference(frame, reference, 24, 8.0)
+    points = places_beside(frame, reference, 24)
     assert points.x.min() >= 174
     given = rg.make_points([(100, 100), (300, 300), (400, 200)])
-    kept = rg.places_beside_reference(frame, reference, 24, 8.0, given)
+    kept = places_beside(frame, reference, 24, given)
     assert kept.x[:3].tolist() == [100, 300, 400]  # certain: an error says what is wrong with it
     with pytest.raises(rg.RmgradientError, match='has data at 0 of'):
-        rg.places_beside_reference(frame, 0 * reference, 24, 8.0)
+        places_beside(frame, 0 * reference, 24)
 
 
 @pytest.mark.parametrize(('reference', 'match'), [

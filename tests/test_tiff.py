@@ -393,11 +393,21 @@ def test_libtiff_reads_the_same(cli, level, dtype):
 
 
 def test_large_outputs_are_bigtiff(tmp_path):
+    """Decided by the size, before a strip is asked for."""
+    class Enough(Exception):
+        pass
+
+    def strip_at(*_):
+        raise Enough
+
     tifffile.imwrite(tmp_path / 'a.tif', np.zeros((100, 100), np.uint16))
-    for size, bigtiff in [((30000, 70000), False), ((31000, 70000), True)]:
+    for size, magic in [((30000, 70000), 42), ((31000, 70000), 43)]:
         with rg.TiffImage(str(tmp_path / 'a.tif')) as image, open(tmp_path / 'b.tif', 'w+b') as file:
-            image.profile = image.profile._replace(shape=(*size, 1))
-            assert image.writer(file, 'output', 100, 0).bigtiff is bigtiff
+            image.shape = *size, 1
+            with pytest.raises(Enough):
+                image.write(file, strip_at, 'output', rg.Settings())
+            file.seek(2)
+            assert file.read(1) == bytes([magic])
 
 
 def test_pages_in_any_order_and_in_a_circle(cli):
