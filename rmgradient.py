@@ -212,6 +212,10 @@ class Damage(RmgradientError):
     """What a file declares can't be."""
 
 
+class Unusable(RmgradientError):
+    """A place can't be measured."""
+
+
 class NamedError(RmgradientError):
     """An error whose message begins with the name of the file that it is about."""
 
@@ -252,6 +256,7 @@ class Settings:
     method: str = 'subtract'  # or 'stretch' or 'divide', see `Correction`
     dither: bool = False  # whether noise of one count is added before integers are rounded
     rows: int = ROWS  # worked on together; memory is proportional
+    white: float | None = None  # the largest value, for 'stretch'; None: the largest integer, 1.0 for floats
     auto: int | None = None  # cells along the longer side from which points are chosen; 0: a default; None: none are
     compress: int = 0  # level of deflate of the files written; 0: none
 
@@ -264,6 +269,8 @@ class Settings:
             raise RmgradientError(f'rows are {self.rows!r}, not a whole number above 0')
         if self.method not in METHODS:
             raise RmgradientError(f'method {self.method!r} is none of {", ".join(METHODS)}')
+        if self.white is not None and not (isinstance(self.white, numbers.Real) and 0 < self.white < math.inf):
+            raise RmgradientError(f'white is {self.white!r}, not a number above 0')
         if isinstance(self.sky, str) and self.sky in SKIES or self.sky is None:
             return
         try:
@@ -277,7 +284,12 @@ class Settings:
     @property
     def is_classic(self):
         """Whether the result is that of the rmgradient of 2019: borders without data are not known, and black is 0."""
-        return self.smooth != 'auto' and (self.sky is None or isinstance(self.sky, str) and self.sky == 'darkest')
+        return not self.is_adaptive and (self.sky is None or isinstance(self.sky, str) and self.sky == 'darkest')
+
+    @property
+    def is_adaptive(self):
+        """Whether the model is the adaptive one, through levels without stars."""
+        return self.smooth == 'auto'
 
 
 # ---- Points --------------------------------------------------------------------------------------
@@ -449,19 +461,26 @@ def check_points(points, height, width, radius):
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
+TINY = np.finfo(float).tiny  # keeps a divisor from zero
+MOSAIC = 4.0  # standard errors: sublattices whose medians differ by more are raw colors
+LONG_RUN = 32  # pixels of a row that are all 0 and have no data; shorter ones inside of the frame are data
+
+
 class Picture:
     """Pixels of which any rows can be read: an array, or an open file, for which each format fills this in.
 
-    `picture[top:bottom, left:right]` is an array of the color channels. `read` gives extra samples (alpha), too; it may
-    be called from several threads.
+    `picture[top:bottom, left:right]` is an array of the color channels. `read` gives extra samples (alpha), too.
+    All may be called from several threads.
     """
 
     path = ''  # of the file, for messages; empty for arrays
     shape: tuple[int, int, int]  # height, width and number of color channels
     n_samples: int  # color channels plus extra samples
     dtype: np.dtype  # in native byte order
-    blank: int | None = None  # value of integers that stands for no data; windows have NaN there, `read` the value
-    alpha: int | None = None  # index of the sample that is 0 where a pixel is transparent
+    blank: float | None = None  # value that stands for no data; windows have NaN there, `read` the value
+    alpha: int | None = None  # index, from the end, of the sample that is 0 where a pixel is transparent
+    mask: Picture | None = None  # not 0 where pixels are not to be measured
+    scale, zero = 1.0, 0.0  # of physical values: scale * value + zero
     bottom_up = False  # whether the first row is at the bottom
     starmap: Callable = staticmethod(itertools.starmap)  # works on groups of rows: `threads` gives a faster one
 
@@ -474,11 +493,62 @@ class Picture:
         color = self.read(rows.start, rows.stop, columns.start, columns.stop)[..., :self.shape[2]]
         return color if self.blank is None else np.where(color == self.blank, np.nan, color)
 
-    def transparent(self, start, stop):
-        """Return where rows start to stop - 1 have an alpha of 0, (n_rows, width) bool."""
-        if self.alpha is None:
-            return np.zeros((stop - start, self.shape[1]), bool)
-        return self.read(start, stop)[..., self.alpha] == 0
+    def usable(self, rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return the color channels of a window, and which of its pixels can be measured, (n_rows, n_columns) bool.
+
+        Those are finite, not blank, not transparent, not masked, and not in an area without data, see `no_data`.
+        """
+        samples = self.read(rows.start, rows.stop, columns.start, columns.stop)
+        color = samples[..., :self.shape[2]]
+        usable = ~self.untouched(samples, rows, columns)
+        if color.dtype.kind == 'f':
+            usable &= np.isfinite(color).all(axis=2)
+        if self.blank is not None:
+            usable &= (color != self.blank).all(axis=2)
+        if self.mask is not None:
+            usable &= ~self.is_masked(rows, columns)
+        return color, usable
+
+    def untouched(self, samples, rows, columns):
+        """Return which pixels of a window are transparent or without data, (n_rows, n_columns) bool.
+
+        Samples: what `read` gives there.
+        """
+        n_channels = self.shape[2]
+        color = samples[..., :n_channels]
+        if color.shape[1] == self.shape[1]:
+            untouched = no_data(color, self._ends_empty(rows, color))
+        else:
+            untouched = is_empty(color)
+            for i in np.flatnonzero(untouched.any(axis=1)):  # the whole row tells
+                row = slice(rows.start + i, rows.start + i + 1)
+                whole = self.read(row.start, row.stop)[..., :n_channels]
+                untouched[i] = no_data(whole, self._ends_empty(row, whole))[0, columns]
+        if self.alpha is not None:
+            untouched |= samples[..., self.alpha] == 0
+        return untouched
+
+    def _ends_empty(self, rows, color):
+        """Return where the first and the last pixel of whole rows, and of those above and below, are empty.
+
+        An (n_rows + 2, 2) bool ndarray; True for rows around these only if that matters.
+        """
+        (height, width, n_channels), ends = self.shape, is_empty(color[:, [0, -1]])
+        around = np.zeros((2, 2), bool)
+        for i, y, beside in ((0, rows.start - 1, ends[0]), (1, rows.stop, ends[-1])):
+            for j, x in enumerate((0, width - 1)):
+                if beside[j] and 0 <= y < height:
+                    around[i, j] = is_empty(self.read(y, y + 1, x, x + 1)[..., :n_channels])[0, 0]
+        return np.concatenate([around[:1], ends, around[1:]])
+
+    def is_masked(self, rows, columns):
+        """Return which pixels of a window are masked, (n_rows, n_columns) bool."""
+        values = self.mask.read(rows.start, rows.stop, columns.start, columns.stop)
+        return (values[..., :self.mask.shape[2]] != 0).any(axis=2)
+
+    def physical(self, values):
+        """Return stored values as physical ones."""
+        return self.scale * np.asarray(values) + self.zero
 
     def each_strip(self, work, rows=ROWS):
         """Yield work(start, stop) for each group of rows, in order."""
@@ -506,25 +576,66 @@ class ArrayPicture(Picture):
         return np.array(self._array[start:stop, left:right], self.dtype)
 
 
-def as_picture(image: ArrayLike | Picture) -> Picture:
+def as_picture(image: ArrayLike | Picture, mask: ArrayLike | None = None) -> Picture:
     """Return a picture or an array as a Picture.
 
-    Raises RmgradientError for what is neither, or would lose a mask or a unit.
+    The mask is a (height, width) array, True where nothing is measured. That of a numpy.ma array, or of astropy's
+    CCDData, is added to it. Raises RmgradientError for what is no picture.
     """
+    own = None
+    if isinstance(image, np.ma.MaskedArray):
+        image, own = image.data, np.ma.getmaskarray(image)
+    elif hasattr(image, 'uncertainty') and hasattr(image, 'mask'):  # NDData
+        image, own = image.data, image.mask
     if isinstance(image, Picture):
-        return image
-    ways = {'mask': 'image.filled(np.nan), or the data of a CCDData', 'unit': 'the values alone'}
-    for name, way in ways.items():
-        if getattr(image, name, None) is not None:
-            raise RmgradientError(f'an image with a {name} would lose it; pass {way}')
-    array = np.asarray(image)
-    if array.dtype.kind not in 'uif' or array.ndim not in (2, 3) or not array.size:
-        raise RmgradientError(f'an array of {array.dtype} of shape {array.shape} is not a picture; '
-                              'open_picture opens a file')
-    if array.ndim == 3 and array.shape[0] <= 4 < array.shape[2]:
-        raise RmgradientError(f'an array of shape {array.shape} has its channels first; '
-                              'pass np.moveaxis(image, 0, -1)')
-    return ArrayPicture(array)
+        picture = image
+    else:
+        if getattr(image, 'unit', None) is not None:
+            raise RmgradientError('an image with a unit would lose it; pass the values alone')
+        array = np.asarray(image)
+        if array.dtype.kind not in 'uif' or array.ndim not in (2, 3) or not array.size:
+            raise RmgradientError(f'an array of {array.dtype} of shape {array.shape} is not a picture; '
+                                  'open_picture opens a file')
+        if array.ndim == 3 and array.shape[0] <= 4 < array.shape[2]:
+            raise RmgradientError(f'an array of shape {array.shape} has its channels first; '
+                                  'pass np.moveaxis(image, 0, -1)')
+        picture = ArrayPicture(array)
+    masks = [np.asarray(each) for each in (own, mask) if each is not None]
+    for i, each in enumerate(masks):
+        if each.shape[:2] != picture.shape[:2] or each.ndim not in (2, 3):
+            raise RmgradientError(f'a mask of shape {each.shape} does not suit a picture of {picture.shape[0]} x '
+                                  f'{picture.shape[1]} pixels')
+        masks[i] = each.reshape(*each.shape[:2], -1).astype(bool).any(axis=2)
+    if masks:
+        picture.mask = ArrayPicture(np.any(masks, axis=0))
+    return picture
+
+
+def robust_std(errors):
+    """Return a standard deviation of each channel that a few large errors do not disturb."""
+    return 1.4826 * np.median(np.abs(errors), axis=0) + TINY  # the standard deviation of normal errors
+
+
+def is_color_mosaic(picture):
+    """Whether the first channel has raw colors of a color filter array: its four sublattices differ.
+
+    Judged by the medians of the sublattices of 8 x 8 blocks of 32 x 32 pixels, in units of their standard errors;
+    those of gray pictures differ by 2.
+    """
+    height, width, _ = picture.shape
+    differences, side = [], min(32, height // 2 * 2, width // 2 * 2)
+    for y in np.linspace(0, height - side, 8).astype(int):
+        values, usable = picture.usable(slice(y, y + side), slice(0, width))
+        values = np.where(usable, values[..., 0], np.nan)
+        for x in np.linspace(0, width - side, 8).astype(int):
+            block = values[:, x:x + side]
+            if side and np.isfinite(block).all():
+                lattices = np.stack([block[i::2, j::2].ravel() for i in range(2) for j in range(2)])
+                medians = np.median(lattices, axis=1)
+                error = 1.2533 * np.median(robust_std((lattices - medians[:, None]).T)) / math.sqrt(lattices.shape[1])
+                error = max(error, 0.3 if picture.dtype.kind in 'ui' else TINY)  # of rounding
+                differences.append(np.ptp(medians) / error)
+    return bool(differences) and np.median(differences) > MOSAIC
 
 
 def row_groups(height, rows=ROWS):
@@ -532,19 +643,30 @@ def row_groups(height, rows=ROWS):
     return [(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
-def no_data(rows):
-    """Find pixels of rows, (n_rows, width, n_channels), without data, as beside the frame of a registered stack.
+def no_data(rows, ends_empty):
+    """Find pixels of whole rows, (n_rows, width, n_channels), without data, as around a registered stack.
 
-    Those pixels, (n_rows, width) bool, are 0 or not finite in all channels, and so are all others from there
-    to the left or the right border: the frame is convex, so that zeros inside of it are data.
+    Those, (n_rows, width) bool, are 0 or not finite in all channels, in a run along their row that touches the left or
+    the right border or has `LONG_RUN` pixels. Single black pixels are data, also at the border, if those above and
+    below are not black: see `Picture._ends_empty`, (n_rows + 2, 2) bool.
     """
-    empty = np.zeros(rows.shape[:2], bool)
-    reaches = is_empty(rows[:, [0, -1]]).any(axis=1)
-    if reaches.any():
-        at_borders = is_empty(rows[reaches])
-        right = np.logical_and.accumulate(at_borders[:, ::-1], axis=1)[:, ::-1]
-        empty[reaches] = np.logical_and.accumulate(at_borders, axis=1) | right
-    return empty
+    found = np.zeros(rows.shape[:2], bool)
+    # A long run holds two pixels side by side of those looked at here; so most rows cost a sixteenth of the work.
+    every = is_empty(rows[:, ::LONG_RUN // 2])
+    some = ends_empty[1:-1].any(axis=1) | (every[:, 1:] & every[:, :-1]).any(axis=1)
+    if some.any():
+        empty = np.pad(is_empty(rows[some]), ((0, 0), (1, 1)))
+        height, width = empty.shape
+        edges = np.flatnonzero(np.diff(empty.ravel().astype(np.int8)))  # of runs: before the first, and the last pixel
+        start, stop = edges[::2], edges[1::2]
+        touches = np.stack([start % width == 0, stop % width == width - 2], axis=1)
+        row = np.flatnonzero(some)[start // width]
+        single = (stop - start == 1) & ~(touches & (ends_empty[row] | ends_empty[row + 2])).any(axis=1)
+        long = (stop - start >= LONG_RUN) | touches.any(axis=1) & ~single
+        steps = np.zeros(height * width + 1, np.int8)
+        steps[start[long] + 1], steps[stop[long] + 1] = 1, -1
+        found[some] = np.cumsum(steps[:-1], dtype=np.int8).reshape(height, width)[:, 1:-1] > 0
+    return found
 
 
 def is_empty(rows):
@@ -553,6 +675,12 @@ def is_empty(rows):
 
 
 # ---- Levels --------------------------------------------------------------------------------------
+
+CLIP = 4.0  # deviations from the median of a window: with 2.5, drawn skies are off by 8 % more
+LEAST_SHARE = 0.5  # of the weight of a window that has to be on usable pixels
+BLOCKS = 7  # along a side of a window: with 3, the noise of a nebula is three times too large
+CALM = 0.25  # quantile of what blocks scatter more: with the median, structure is taken for noise
+
 
 class Chosen(NamedTuple):
     """How points were chosen automatically."""
@@ -575,6 +703,11 @@ class Measured(NamedTuple):
         return self._replace(points=self.points.subset(kept), levels=self.levels[kept], noise=self.noise[kept])
 
 
+def without_trend(values, terms):
+    """Return what is left of (n_points, n) values at right angles to orthonormal terms."""
+    return values - terms @ (terms.T @ values)
+
+
 def blur_kernel(sigma):
     """Return the (2 * radius + 1,) weights, of sum 1, of a Gaussian cut off at radius = ceil(3 sigma)."""
     radius = math.ceil(3 * sigma)
@@ -582,7 +715,16 @@ def blur_kernel(sigma):
     return kernel / kernel.sum()
 
 
-def measure_levels(image: ArrayLike | Picture, points: Points, sigma: float = SIGMA) -> Measured:
+class Window(NamedTuple):
+    """What a window around a point tells, (n_channels,) each, in data units."""
+
+    level: np.ndarray
+    noise: np.ndarray  # standard error of the level, if pixels are independent
+    by_blocks: np.ndarray  # the same, as the scatter of blocks of pixels tells; 0 if that is not known
+
+
+def measure_levels(image: ArrayLike | Picture, points: Points, sigma: float = SIGMA,
+                   robust: bool = True) -> Measured:
     """Measure the blurred value of each channel at each point.
 
     Parameters
@@ -592,59 +734,140 @@ def measure_levels(image: ArrayLike | Picture, points: Points, sigma: float = SI
     points : Points
     sigma : float
         Standard deviation of the Gaussian blur in pixels; see `blur_kernel`.
+    robust : bool
+        True: values that are more than `CLIP` deviations from the median of the window, as those of stars, are
+        left out. False: the plain blur, as the classic model has it.
 
     Returns
     -------
     Measured
-        The values that blurring the whole image would give there, and their standard errors as the scatter of
-        the pixels tells.
+        Weighted means of the usable pixels of each window, and their standard errors, see `measured_from`.
 
     Raises
     ------
     RmgradientError
-        If a point is outside, or a measured one is so close to the border, or to pixels that are not finite
-        or without data (see `no_data`), that the blur reaches there.
+        If a point is outside; or if a measured one is masked, so close to the border that the blur reaches it, or has
+        less than half of its weight on usable pixels.
     """
-    picture, sigma = as_picture(image), Settings(sigma=sigma).sigma
-    height, width, n_channels = picture.shape
-    kernel = blur_kernel(sigma)
-    radius = len(kernel) // 2
-    check_points(points, height, width, radius)
-    levels, noise = np.empty((2, len(points.x), n_channels))
-    order = np.lexsort([points.x, points.y])
-    for i in order[~points.on_isoline[order]]:
-        x, y = points.x[i], points.y[i]
-        levels[i], noise[i], has_empty = _blur(picture, y - radius, x - radius, kernel)
-        reason = '' if np.isfinite(levels[i]).all() else 'NaN or infinite pixels'
-        if has_empty and any(no_data(picture[row:row + 1, 0:width])[0, x - radius:x + radius + 1].any()
-                             for row in range(y - radius, y + radius + 1)):
-            reason = 'pixels without data'
-        if reason:
-            raise RmgradientError(f'{points.describe([i])} has {reason} within {radius} pixels; '
-                                  'move it or use a smaller sigma')
-    levels, noise = levels[points.leader], noise[points.leader]
-    largest = np.abs(levels).max()
+    picture, kernel = as_picture(image), blur_kernel(Settings(sigma=sigma).sigma)
+    check_points(points, *picture.shape[:2], len(kernel) // 2)
+    windows = {}
+    for i in np.lexsort([points.x, points.y]):
+        if not points.on_isoline[i]:
+            try:
+                windows[i] = measure_window(picture, (points.x[i], points.y[i]), kernel, robust)
+            except Unusable as error:
+                raise RmgradientError(f'{points.describe([i])} {error}') from error
+    return measured_from(points, windows)
+
+
+def measured_from(points, windows):
+    """Return Measured of points, from the Window of each that is not on an isoline, {index: Window}.
+
+    Noise that is correlated, as in denoised or drizzled pictures, and stars too faint to be seen make blocks of pixels
+    scatter more than single pixels suggest, in all windows; structure does so in some. So all noise is multiplied by
+    what blocks scatter more in the calmer windows: the lower quartile of all points.
+    """
+    level, noise, by_blocks = (np.array([getattr(windows[i], name) for i in points.leader]) for name in Window._fields)
+    largest = np.abs(level).max()
     if largest and not 1e-140 < largest < 1e140:  # squares of others are no numbers
         raise RmgradientError(f'levels up to {largest:.3g} are not from 1e-140 to 1e140; '
                               'multiply the picture by a power of ten')
-    return Measured(points, levels, noise)
+    measured = ~points.on_isoline
+    ratio = by_blocks[measured] / np.maximum(noise[measured], TINY)
+    return Measured(points, level, noise * np.maximum(1, np.quantile(ratio, CALM, axis=0)))
 
 
-@np.errstate(invalid='ignore', over='ignore')  # inf - inf gives NaN
-def _blur(picture, top, left, kernel):
-    """Return the weighted mean of a window, its standard error, and whether it has empty pixels."""
+def measure_window(picture, place, kernel, robust):
+    """Return the Window of a picture around a place (x, y); Unusable says why there is none."""
+    (x, y), radius = place, len(kernel) // 2
+    at = slice(int(y), int(y) + 1), slice(int(x), int(x) + 1)
+    if picture.mask is not None and picture.is_masked(*at).any():
+        raise Unusable('is in the mask; move it, or change the mask')
+    rows, columns = slice(y - radius, y + radius + 1), slice(x - radius, x + radius + 1)
+    window = _robust_window if robust else _plain_window
+    with np.errstate(invalid='ignore', over='ignore'):
+        share, window = window(picture, rows, columns, kernel)
+    if share < LEAST_SHARE:
+        raise Unusable(f'has data at only {100 * share:.0f} % of what is averaged within {radius} pixels; '
+                       'move it or use a smaller sigma')
+    if not np.isfinite(window.level).all():
+        raise Unusable('has values that are too large to average')
+    return window
+
+
+def _plain_window(picture, rows, columns, kernel):
+    """Return the share of the weight on usable pixels, and a Window of their mean; memory: 100 rows in float64."""
     squares = kernel**2
-    # A Gaussian separates. Sums of rows: of the values, and with squared weights of them and their squares.
-    sums, has_empty = np.zeros((3, len(kernel), picture.shape[2])), False
+    # A Gaussian separates. Sums of rows: of the values, with squared weights of them and their squares, of weights.
+    sums, weights = np.zeros((3, len(kernel), picture.shape[2])), np.zeros((2, len(kernel)))
     for start, stop in row_groups(len(kernel)):
-        window = picture[top + start:top + stop, left:left + len(kernel)]
-        has_empty |= is_empty(window).any()
-        window = window.astype(float)
-        sums[:, start:stop] = kernel @ window, squares @ window, squares @ window**2
-    level = kernel @ sums[0]
+        values, usable = picture.usable(slice(rows.start + start, rows.start + stop), columns)
+        values = np.where(usable[..., None], values, 0).astype(float)
+        sums[:, start:stop] = kernel @ values, squares @ values, squares @ values**2
+        weights[:, start:stop] = usable @ kernel, usable @ squares
+    share = kernel @ weights[0] if weights[0].min() < 1 - 1e-9 else 1.0
+    if share < LEAST_SHARE:
+        return share, None
+    level = kernel @ sums[0] / share
     first, second = squares @ sums[1:]
-    variance = second - 2 * level * first + level**2 * squares.sum() ** 2
-    return level, np.sqrt(np.maximum(variance, 0)), has_empty
+    noise = np.sqrt(np.maximum(second - 2 * level * first + level**2 * (squares @ weights[1]), 0)) / share
+    return share, Window(level, noise, np.zeros_like(noise))
+
+
+def _robust_window(picture, rows, columns, kernel):
+    """Return the share of the weight on usable pixels, and a Window of the mean of those that are no outliers."""
+    step = max(1, len(kernel) // 512)  # 512 x 512 pixels of a large window are enough
+    if step == 1:
+        values, usable = picture.usable(rows, columns)
+    else:
+        parts = [picture.usable(slice(y, y + 1), columns) for y in range(rows.start, rows.stop, step)]
+        values, usable = (np.concatenate([part[i][:, ::step] for part in parts]) for i in range(2))
+        kernel = kernel[::step] / kernel[::step].sum()
+    weights = kernel[:, None] * kernel
+    share = weights.sum(where=usable)
+    if share < LEAST_SHARE:
+        return share, None
+    values = np.ascontiguousarray(np.where(usable[..., None], values, 0).transpose(2, 0, 1), float)
+    data = values[:, usable]
+    median = np.median(data, axis=1)[:, None, None]
+    reach = CLIP * 1.4826 * np.median(np.abs(data - median[..., 0]), axis=1)[:, None, None]
+    # More than half of the pixels of drawn pictures are the same: no outlier can be told.
+    kept = usable & ((np.abs(values - median) <= reach) | (reach == 0))
+    weights = weights * kept
+    total = weights.sum(axis=(1, 2))
+    level = (weights * values).sum(axis=(1, 2)) / total
+    noise = np.sqrt(((weights * (values - level[:, None, None])) ** 2).sum(axis=(1, 2))) / total
+    return share, Window(level, noise, noise_of_blocks(values, weights, kernel, level))
+
+
+def noise_of_blocks(values, weights, kernel, level):
+    """Return the standard error of a level, (n_channels,), as `BLOCKS` x `BLOCKS` blocks of its window tell.
+
+    Takes (n_channels, n, n) values and weights. Less their plane, which is no noise, the means of blocks scatter as
+    their number of independent pixels has it; 0 for windows too small for blocks of two pixels.
+    """
+    if len(kernel) < 2 * BLOCKS:
+        return np.zeros_like(level)
+    edges, root, plane = _blocks_of(kernel.tobytes())
+    weight, total = (np.add.reduceat(np.add.reduceat(a, edges, axis=1), edges, axis=2).reshape(len(level), -1).T
+                     for a in (weights, weights * values))
+    means = np.where(weight > 0, total / np.where(weight > 0, weight, 1), level)
+    residuals = without_trend(means * root, plane) / root
+    variance = robust_std(residuals) ** 2 * len(root) / (len(root) - 3)
+    return np.sqrt(variance * ((weight / weight.sum(axis=0)) ** 2).sum(axis=0))
+
+
+@functools.lru_cache
+def _blocks_of(kernel_bytes):
+    """Return the first pixel of each block of a side, the roots of their weights, and orthonormal terms of a plane."""
+    kernel = np.frombuffer(kernel_bytes)
+    edges = np.round(np.linspace(0, len(kernel), BLOCKS + 1)).astype(int)[:-1]
+    middle = np.add.reduceat(np.arange(len(kernel)), edges) / np.diff([*edges, len(kernel)]) - len(kernel) / 2
+    side = np.add.reduceat(kernel, edges)
+    root = np.sqrt(np.outer(side, side)).reshape(-1, 1)
+    x, y = np.meshgrid(middle, middle)
+    return edges, root, np.linalg.qr(np.stack([np.ones(x.size), x.ravel(), y.ravel()], axis=1) * root)[0]
 
 
 # ---- Choice of the model -------------------------------------------------------------------------
@@ -652,7 +875,6 @@ def _blur(picture, top, left, kernel):
 SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the distance between points
 SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
 LEAST_PLACES = 8  # that a model is chosen from
-TINY = np.finfo(float).tiny  # keeps a divisor from zero
 
 
 def distances_between(a, b):
@@ -688,11 +910,6 @@ def trend_terms(places, centers, trend):
     _, lengths, directions = np.linalg.svd(centers - middle, full_matrices=False)
     known = lengths > 0.01 * lengths[0]  # across centers that all but lie on a line, the plane is level
     return np.hstack([constant, (places - middle) @ directions[known].T / lengths[known]])
-
-
-def without_trend(values, terms):
-    """Return what is left of (n_points, n) values at right angles to orthonormal terms."""
-    return values - terms @ (terms.T @ values)
 
 
 class AdaptiveModel(NamedTuple):
@@ -1157,11 +1374,6 @@ def significance(errors, standardized, least, usual=None):
     return np.where(np.abs(errors) > least, standardized / usual, 0)
 
 
-def robust_std(errors):
-    """Return a standard deviation of each channel that a few large errors do not disturb."""
-    return 1.4826 * np.median(np.abs(errors), axis=0) + TINY  # the standard deviation of normal errors
-
-
 # ---- Reference -----------------------------------------------------------------------------------
 
 REFERENCE_AUTO = 24  # cells along the longer side: on nebulae, too, the more the better
@@ -1268,6 +1480,7 @@ CORNER = 6  # places: a smaller group in a corner is a glow that ends there
 GROUP = 3  # neighbors off the surface are a nebula or the end of a glow; fewer are stars
 MOST_END, ROUGH = 0.2, 6.0  # part of places, typical errors: a larger or rougher group is no end of a glow
 STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to be left out, to come back, and near a nebula
+LEAST_USABLE = 0.75  # of the pixels of a window: next to holes and masks there are better ones
 LEAST_GIVEN = 5  # certain points that others can grow from: of fewer, none is predicted by the others
 AS_PREDICTED, ROUNDS = 2.0, 30  # typical errors within which a place joins, and most rounds of judging all
 MOST_SCATTER, LEAST_SKY = 4.0, 0.6  # noises, and part of the places: beyond, they are said not to agree
@@ -1334,7 +1547,8 @@ def choose_points(image: ArrayLike | Picture, n: int = AUTO, sigma: float = SIGM
         raise RmgradientError(f'a grid of {n} cells along the longer side is not from 3 to {MOST_CELLS}')
     picture = as_picture(image)
     points, is_given = join_quiet_places(picture, n, sigma, given)
-    measured = measure_levels(picture, points, sigma)
+    measured, is_given = measure_places(picture, points, (sigma, True), is_given)
+    points = measured.points
     levels, noise = measured.levels, np.median(measured.noise, axis=0)
     noise = with_rounding(noise, picture, points, sigma)
     rounding = 1e-9 * np.abs(levels).max(axis=0) + TINY
@@ -1346,6 +1560,27 @@ def choose_points(image: ArrayLike | Picture, n: int = AUTO, sigma: float = SIGM
         is_sky, agree = choose_sky(sites)
     chosen = Chosen(np.count_nonzero(is_given), np.count_nonzero(~is_given), bool(agree))
     return measured.subset(is_sky)._replace(chosen=chosen)
+
+
+def measure_places(picture, points, sigma_and_robust, is_given):
+    """Return Measured of given points and of the other places that can be measured, and which are given."""
+    (sigma, robust), windows = sigma_and_robust, {}
+    kernel = blur_kernel(sigma)
+    check_points(points, *picture.shape[:2], len(kernel) // 2)
+    kept = points.on_isoline.copy()
+    for i in np.lexsort([points.x, points.y]):
+        if points.on_isoline[i]:
+            continue
+        try:
+            windows[i], kept[i] = measure_window(picture, (points.x[i], points.y[i]), kernel, robust), True
+        except Unusable as error:
+            if is_given[i]:
+                raise RmgradientError(f'{points.describe([i])} {error}') from error
+    if kept.sum() < LEAST_PLACES:
+        raise RmgradientError(f'only {kept.sum()} of {len(kept)} quiet places have data; use a finer grid or a smaller '
+                              'sigma, or give points')
+    new = np.cumsum(kept) - 1
+    return measured_from(points.subset(kept), {new[i]: window for i, window in windows.items()}), is_given[kept]
 
 
 def choose_sky(sites):
@@ -1380,17 +1615,13 @@ def join_quiet_places(picture, n, sigma, given):
 
 
 def places_beside_reference(pictures, n, sigma, given=None):
-    """Return given points, if any, and all quiet places of a picture where its reference has data, too."""
-    picture, reference = pictures
-    points, has_data = join_quiet_places(picture, n, sigma, given)
-    for i in np.flatnonzero(~has_data):
-        with contextlib.suppress(RmgradientError):
-            measure_levels(reference, unchecked_points(points.pairs[[i]]), sigma)
-            has_data[i] = True
-    if has_data.sum() < LEAST_PLACES:
-        raise RmgradientError(f'the reference has data at {has_data.sum()} of {len(points.x)} quiet places '
-                              'only')
-    return points.subset(has_data)
+    """Return given points, if any, and all quiet places that a picture and its reference have data at, as Points."""
+    points, is_given = join_quiet_places(pictures[0], n, sigma, given)
+    for picture in pictures:
+        with about(picture.path):
+            measured, is_given = measure_places(picture, points, (sigma, False), is_given)
+        points = measured.points
+    return points
 
 
 def with_rounding(noise, picture, points, sigma):
@@ -1398,7 +1629,8 @@ def with_rounding(noise, picture, points, sigma):
     radius, pixel_noise = math.ceil(3 * sigma), noise * 2 * math.sqrt(math.pi) * sigma
     measured = points.subset(~points.on_isoline)
     rows = [picture[y:y + 1, x - radius:x + radius + 1][0] for x, y in zip(measured.x, measured.y)]
-    differences = np.abs(np.diff(np.array(rows, float), axis=1)).reshape(-1, len(noise))
+    with np.errstate(invalid='ignore', over='ignore'):
+        differences = np.abs(np.diff(np.array(rows, float), axis=1)).reshape(-1, picture.shape[2])
     # The smallest difference between pixels side by side scales with the picture.
     step = differences.min(axis=0, where=differences > 0, initial=np.inf)
     step[np.isinf(step)] = 0
@@ -1497,7 +1729,8 @@ class Surfaces:
         coefficients = np.linalg.solve(normal, (sets @ self._known).reshape(n_sets, n_terms, n_channels))
         residuals = self.levels - self._terms @ coefficients
         n_kept = sets.sum(axis=1)
-        kept = residuals * (sets / (n_kept - n_terms)[:, None])[..., None]
+        n_free = np.maximum(n_kept - n_terms, 1)  # a start may go through all of its places
+        kept = residuals * (sets / n_free[:, None])[..., None]
         covariance = kept.transpose(0, 2, 1) @ residuals
         # The same in all channels, if huge.
         least = LEAST_VARIANCE + 1e-12 * np.trace(covariance, axis1=1, axis2=2)
@@ -1672,9 +1905,8 @@ def predict_others(model, sites, is_sky):
 def find_quiet_places(picture, n, sigma):
     """Return the (n_places, 2) place of least variance in each cell of a grid, n cells along the longer side.
 
-    Windows two tiles wide are compared, a tile being as wide as the blur reaches. Those with pixels that
-    are not finite, without data (see `no_data`) in any channel, or transparent are left out, and
-    suspiciously smooth ones.
+    Windows two tiles wide are compared, a tile being as wide as the blur reaches, that have enough usable pixels.
+    Suspiciously smooth ones are left out.
     """
     height, width, _ = picture.shape
     tile = max(8, len(blur_kernel(sigma)) // 2)
@@ -1686,44 +1918,40 @@ def find_quiet_places(picture, n, sigma):
 
 
 def survey_tiles(picture, tile):
-    """Return sums of values and of their squares over tiles, (n_down, n_across, n_channels), and which are bad.
+    """Return over tiles the sums of values and of their squares, (n_down, n_across, n_channels), and their number.
 
-    Bad ones, (n_down, n_across), have pixels that can't be measured, also in the row and column behind them,
-    where windows end. Memory: 17 bytes a tile and channel, and a row of tiles in float64 for each worker.
+    Of usable pixels only. Memory: 17 bytes a tile and channel, and a row of tiles in float64 for each worker.
     """
     height, width, n_channels = picture.shape
     across = width // tile
 
     def surveying(start, stop):
-        below = min(stop + 1, height)
-        rows = picture[start:below, 0:width]
-        bad = np.any([no_data(rows[..., c:c + 1]) for c in range(n_channels)], axis=0)
-        if rows.dtype.kind == 'f':
-            bad |= ~np.isfinite(rows).all(axis=2)
-        bad = (bad | picture.transparent(start, below)).any(axis=0)
-        reached = bad[:across * tile].reshape(across, tile).any(axis=1)
-        next_column = bad[tile:across * tile + 1:tile]
-        reached[:len(next_column)] |= next_column
+        values, usable = picture.usable(slice(start, stop), slice(0, width))
+        with np.errstate(invalid='ignore'):  # signaling NaN
+            values = values[:, :across * tile].reshape(tile, -1).astype(float)
+        number = np.full(across, tile * tile)
+        if not usable.all():
+            usable = usable[:, :across * tile]
+            values = np.where(np.repeat(usable, n_channels, axis=1), values, 0)
+            number = usable.sum(axis=0).reshape(across, tile).sum(axis=1)
         # Over rows first: sums over the short last axes are slow.
         with np.errstate(invalid='ignore', over='ignore'):
-            rows = rows[:tile, :across * tile].reshape(tile, -1).astype(float)
-            sums = [values.reshape(across, tile, n_channels).sum(axis=1)
-                    for values in (rows.sum(axis=0), np.einsum('ij,ij->j', rows, rows))]
-        return *sums, reached
+            return *(sums.reshape(across, tile, n_channels).sum(axis=1)
+                     for sums in (values.sum(axis=0), np.einsum('ij,ij->j', values, values))), number
 
     tiles = list(picture.starmap(surveying, row_groups(height // tile * tile, tile)))
     return [np.array(each) for each in zip(*tiles)]
 
 
-@np.errstate(invalid='ignore', over='ignore')
-def variance_of_windows(total, squares, bad, tile):
+@np.errstate(invalid='ignore', over='ignore', divide='ignore')
+def variance_of_windows(total, squares, number, tile):
     """Return x, y and variance, (n_windows, n_channels), of the windows of 2 x 2 tiles that can be measured."""
-    total, squares, bad = (a[1:, 1:] + a[1:, :-1] + a[:-1, 1:] + a[:-1, :-1] for a in (total, squares, bad))
-    mean = total / (2 * tile) ** 2
-    variance = squares / (2 * tile) ** 2 - mean**2
+    total, squares, number = (a[1:, 1:] + a[1:, :-1] + a[:-1, 1:] + a[:-1, :-1] for a in (total, squares, number))
+    mean = total / number[..., None]
+    variance = squares / number[..., None] - mean**2
     variance[variance < 1e-12 * mean**2] = 0  # rounding
-    y, x = (tile * (np.arange(n) + 1) for n in bad.shape)
-    good = ~bad & np.isfinite(variance).all(axis=2)
+    y, x = (tile * (np.arange(n) + 1) for n in number.shape)
+    good = (number >= LEAST_USABLE * (2 * tile) ** 2) & np.isfinite(variance).all(axis=2)
     return *(each[good] for each in np.meshgrid(x, y)), variance[good]
 
 
@@ -1779,18 +2007,19 @@ def find_sky(fit: Fit, picture: Picture, settings: Settings) -> np.ndarray:
         sky = 'darkest' if fit.adaptive is None else 'color' if settings.method == 'divide' else 'gray'
     if not isinstance(sky, str):
         check_sky(sky, picture)
-        level = np.broadcast_to(np.asarray(sky, float), median.shape).copy()
+        level = np.broadcast_to((np.asarray(sky, float) - picture.zero) / picture.scale, median.shape).copy()
     elif sky == 'darkest':
         level = find_darkest(fit.model, picture, settings.rows)
     else:
         level = median if sky == 'color' else np.full_like(median, median.mean())
     if np.abs(level).max() > 1e9 * np.abs(median).max() > 0:
-        raise RmgradientError(f'a sky level of {in_words(level)} is too far from that of the picture, '
-                              f'{in_words(median)}')
+        raise RmgradientError(f'a sky level of {in_words(picture.physical(level))} is too far from that of the '
+                              f'picture, {in_words(picture.physical(median))}')
     if settings.method == 'divide':
         check_divisor(fit.model, picture, settings.rows)
-        if (level <= 0).any():
-            raise RmgradientError(f'to divide, the sky needs a level above 0, not {in_words(level)}')
+        if (picture.physical(level) <= 0).any():
+            raise RmgradientError('to divide, the sky needs a level above 0, not '
+                                  f'{in_words(picture.physical(level))}')
     return level
 
 
@@ -1819,14 +2048,16 @@ def check_sky(sky, picture):
     if len(values) not in (1, picture.shape[2]):
         raise RmgradientError(f'{len(values)} sky levels for a picture of {picture.shape[2]} channels')
     if picture.dtype.kind in 'ui':
-        limits = np.iinfo(picture.dtype)
-        if values.min() < limits.min or values.max() > limits.max:
+        lowest, highest = picture.physical([float(limit) for limit in range_of(picture.dtype)])
+        if values.min() < lowest or values.max() > highest:
             raise RmgradientError(f'a sky level of {in_words(values)} is not in the range of the picture, '
-                                  f'{limits.min} to {limits.max}')
+                                  f'{lowest:.0f} to {highest:.0f}')
 
 
 def check_divisor(model, picture, rows):
-    """Raise RmgradientError, with the place, unless the background is positive everywhere."""
+    """Raise RmgradientError, with the place, unless the background is positive everywhere, in physical units."""
+    model = model.above(np.full(model.n_channels, -picture.zero / picture.scale))
+
     def lowest_of(start, stop):
         blocks = model.blocks(start, stop, picture.shape[1])
         return min(((block.min(), rows.start + start, columns.start, block) for rows, columns, block in blocks
@@ -1836,8 +2067,8 @@ def check_divisor(model, picture, rows):
     if dark:
         lowest, top, left, block = min(dark, key=lambda each: each[0])
         y, x, _ = np.unravel_index(block.argmin(), block.shape)
-        raise RmgradientError(f'the background is {lowest:g} at {(left + int(x), top + int(y))}, and can not be '
-                              'divided by: add a point of empty sky there, or subtract it')
+        raise RmgradientError(f'the background is {lowest * picture.scale:g} at {(left + int(x), top + int(y))}, and '
+                              'can not be divided by: add a point of empty sky there, or subtract it')
 
 
 # ---- Correction ----------------------------------------------------------------------------------
@@ -1857,7 +2088,7 @@ class Correction:
 
     fit: Fit
     sky: np.ndarray  # (n_channels,), data units
-    dtype: np.dtype  # of the picture
+    picture: Picture  # that it is for: its type, blank value and scale are used
     settings: Settings
     misfits: list[tuple[int, float]]  # points that do not fit, see `find_misfits`
 
@@ -1878,8 +2109,10 @@ class Correction:
 
     @property
     def white(self) -> float:
-        """The largest value: of integers the largest, of floats 1.0."""
-        return float(np.iinfo(self.dtype).max) if self.dtype.kind in 'ui' else 1.0
+        """The largest value, in data units: by default of integers the largest, of floats 1.0."""
+        if self.settings.white is not None:
+            return (self.settings.white - self.picture.zero) / self.picture.scale
+        return range_of(self.picture.dtype)[1] if self.picture.dtype.kind in 'ui' else 1.0
 
     def apply(self, image: ArrayLike | Picture, start: int = 0) -> np.ndarray:
         """Return a picture without its background.
@@ -1909,30 +2142,33 @@ class Correction:
         corrected = np.empty(picture.shape, picture.dtype)
         for first, last in row_groups(height, self.settings.rows):
             corrected[first:last] = self.corrected_strip(picture, first, last, start)[0][..., :n_channels]
-        return corrected if isinstance(image, Picture) else corrected.reshape(np.shape(image))
+        corrected = corrected if isinstance(image, Picture) else corrected.reshape(np.shape(image))
+        return np.ma.array(corrected, mask=image.mask) if isinstance(image, np.ma.MaskedArray) else corrected
 
     def corrected_strip(self, picture, first, last, start=0):
         """Return rows first to last - 1 of a picture, which begins at a row of the frame, without background.
 
-        Extra samples stay as they are. Pixels without data stay, too, see `no_data`, which the classic way does not
-        know; so do blank ones, and nothing else becomes blank. Returns all samples, and how many pixels have a
-        channel that became the smallest, and the largest integer.
+        Extra samples stay as they are. So do values that are not finite or blank, and pixels that are transparent or
+        without data (see `no_data`), which the classic way does not know; nothing else becomes blank. Returns all
+        samples, and how many pixels have a channel that became the smallest, and the largest integer.
         """
         strip, n_channels = picture.read(first, last), self.model.n_channels
-        color, n_limited = strip[..., :n_channels], np.zeros(2, int)
-        untouched = np.zeros(strip.shape[:2], bool) if self.settings.is_classic else no_data(color)
+        color, n_limited, dtype = strip[..., :n_channels], np.zeros(2, int), (strip.dtype, picture.blank)
+        untouched = np.zeros(strip.shape[:2], bool)
+        if not self.settings.is_classic:
+            untouched = picture.untouched(strip, slice(first, last), slice(0, strip.shape[1]))
         kept, above = strip[untouched], self.model.above(self.sky)
         noise = self.dither_noise(0, start + first, color.shape) if self.settings.dither else None
         for rows, columns, shift in above.blocks(start + first, start + last, strip.shape[1]):
             before = color[rows, columns]
             with np.errstate(all='ignore'):  # infinite pixels, and signaling NaN
                 if self.settings.method == 'stretch':
-                    self.check_white(before, shift)
+                    self.check_white(shift)
                 after = self.leveled(before, shift)
-                after = to_range(after, strip.dtype, noise[rows, columns] if self.settings.dither else None)
+                after = to_range(after, dtype, noise[rows, columns] if self.settings.dither else None)
                 if picture.blank is not None:
-                    after = np.where(before == picture.blank, before, keep_off(after, picture.blank, strip.dtype))
-                n_limited += newly_limited(before, after)
+                    after = np.where(before == picture.blank, before, after)
+                n_limited += newly_limited(before, after, dtype, untouched[rows, columns])
                 before[...] = after
         strip[untouched] = kept
         return strip, n_limited
@@ -1945,16 +2181,15 @@ class Correction:
         if self.settings.method == 'subtract':
             return np.subtract(values, shift, out=shift)
         if self.settings.method == 'divide':
-            return values * (self.sky / (shift + self.sky))
+            offset = self.picture.zero / self.picture.scale  # values plus this are proportional to physical ones
+            sky = self.sky + offset
+            return (values + offset) * (sky / (shift + sky)) - offset
         sky = 0 if self.settings.is_classic else self.sky
         background = shift + sky
         return (values - background) / (self.white - background) * (self.white - sky) + sky
 
-    def check_white(self, values, shift):
-        """Raise RmgradientError if floats are above white, or the background is as bright."""
-        if values.dtype.kind == 'f' and (values > self.white).any():
-            raise RmgradientError('stretching takes 1.0 for white, but there are values up to '
-                                  f'{np.nanmax(values):g}; divide the picture by that first')
+    def check_white(self, shift):
+        """Raise RmgradientError if the background is as bright as white."""
         background = (shift + (0 if self.settings.is_classic else self.sky)).max()
         if background >= self.white:
             raise RmgradientError(f'stretching can not keep white, {self.white:g}, where the background is '
@@ -1965,10 +2200,8 @@ class Correction:
         background = self.model.evaluate(start, stop, picture.shape[1])
         noise = self.dither_noise(1, start, background.shape) if self.settings.dither else None
         n_unfit = count_unfit(background, picture.dtype)
-        background = to_range(background, picture.dtype, noise)
-        if picture.blank is not None:
-            background = keep_off(background, picture.blank, picture.dtype)
-        return background.astype(picture.dtype), n_unfit
+        with np.errstate(over='ignore'):  # a huge value becomes infinite
+            return to_range(background, (picture.dtype, picture.blank), noise).astype(picture.dtype), n_unfit
 
     def dither_noise(self, stream, start, shape):
         """Return noise for rows from start on, uniform in -0.5 ... 0.5, of the shape (n_rows, width, n_channels).
@@ -1982,37 +2215,42 @@ class Correction:
         return np.stack([np.random.default_rng([key, stream, row]).random(shape[1:]) for row in rows]) - 0.5
 
 
-def range_of(dtype):
-    """Return the smallest and the largest float64 that integers of a dtype hold."""
+def range_of(dtype, blank=None):
+    """Return the smallest and the largest float64 that integers of a dtype hold, apart from one that is no data."""
     lowest, highest = np.iinfo(dtype).min, np.iinfo(dtype).max
+    lowest, highest = float(lowest + (lowest == blank)), highest - (highest == blank)
     # 2^64 - 1 is no float64.
-    return float(lowest), math.nextafter(float(highest), 0) if float(highest) > highest else float(highest)
+    return lowest, math.nextafter(float(highest), 0) if float(highest) > highest else float(highest)
 
 
-def to_range(values, dtype, noise=None):
+def to_range(values, dtype_and_blank, noise=None):
     """Return float64 values that an integer dtype holds: after dither, rounding and limiting; floats as they are.
 
-    Integers are made in place.
+    None becomes blank, the value that stands for no data. Integers are made in place.
     """
+    dtype, blank = dtype_and_blank
     if np.dtype(dtype).kind == 'f':
         return values
     if noise is not None:
         values += noise
-    return np.clip(np.rint(values, out=values), *range_of(dtype), out=values)
+    np.clip(np.rint(values, out=values), *range_of(dtype, blank), out=values)
+    if blank is not None:
+        values[values == blank] += 1
+    return values
 
 
-def newly_limited(before, after):
-    """Return how many pixels have a channel newly at the smallest, and at the largest integer of `before`.
+def newly_limited(before, after, dtype_and_blank, untouched):
+    """Return how many pixels have a channel newly at the smallest, and at the largest integer.
 
-    After: float64 values of `to_range`.
+    After: float64 values of `to_range`; pixels that are untouched, (n_rows, n_columns), do not count.
     """
     counts = np.zeros(2, int)
     if before.dtype.kind in 'ui':
-        lowest, highest = range_of(before.dtype)
-        if after.min() == lowest:
-            counts[0] = np.count_nonzero(((after == lowest) & (before > lowest)).any(axis=2))
-        if after.max() == highest:
-            counts[1] = np.count_nonzero(((after == highest) & (before < highest)).any(axis=2))
+        lowest, highest = range_of(*dtype_and_blank)
+        if after.min() <= lowest:
+            counts[0] = np.count_nonzero(((after <= lowest) & (before > lowest)).any(axis=2) & ~untouched)
+        if after.max() >= highest:
+            counts[1] = np.count_nonzero(((after >= highest) & (before < highest)).any(axis=2) & ~untouched)
     return counts
 
 
@@ -2026,22 +2264,25 @@ def count_unfit(values, dtype):
     return np.count_nonzero(((values < limits.min) | (values > limits.max)).any(axis=2))
 
 
-def keep_off(values, blank, dtype):
-    """Return whole float64 values of which none is the one that stands for no data."""
-    return np.where(values == blank, blank - 1 if blank == np.iinfo(dtype).max else blank + 1, values)
-
-
 # ---- Chain ---------------------------------------------------------------------------------------
+
+ABOVE_WHITE = 1.1  # times white: floats that are brighter, but not by more, as after resampling, can be stretched
+
 
 def measure_points(picture: Picture, points: Points | None, settings: Settings, reference: Picture | None) -> Measured:
     """Measure points, or choose and measure them if `settings.auto` says so: points given are certain then."""
+    # A star that is an outlier in one of two pictures may be none in the other: with a reference, means are compared.
+    robust = settings.is_adaptive and reference is None
     if settings.auto is None:
-        return measure_levels(picture, points, settings.sigma)
+        return measure_levels(picture, points, settings.sigma, robust)
     if reference is None:
-        return choose_points(picture, settings.auto or AUTO, settings.sigma, points)
+        measured = choose_points(picture, settings.auto or AUTO, settings.sigma, points)
+        if robust:
+            return measured
+        return measure_levels(picture, measured.points, settings.sigma, robust)._replace(chosen=measured.chosen)
     n = settings.auto or REFERENCE_AUTO
     points = places_beside_reference((picture, reference), n, settings.sigma, points)
-    return measure_levels(picture, points, settings.sigma)
+    return measure_levels(picture, points, settings.sigma, robust)
 
 
 def correction_of(picture: Picture, measured: Measured, settings: Settings,
@@ -2051,15 +2292,32 @@ def correction_of(picture: Picture, measured: Measured, settings: Settings,
         fit = fit_background(measured, settings.smooth)
     else:
         with about(reference.path):
-            levels = measure_levels(reference, measured.points, settings.sigma).levels
+            levels = measure_levels(reference, measured.points, settings.sigma, robust=False).levels
             fit = fit_beside_reference(measured, levels)
     misfits = [] if reference else find_misfits(fit)
-    sky = find_sky(fit, picture, settings)
-    return Correction(fit, sky, picture.dtype, settings, misfits)
+    correction = Correction(fit, find_sky(fit, picture, settings), picture, settings, misfits)
+    if settings.method == 'stretch' and picture.dtype.kind == 'f':
+        check_brightest(picture, correction.white, settings.rows)
+    return correction
+
+
+def check_brightest(picture, white, rows):
+    """Raise RmgradientError, with the largest value, if floats are far above what is taken for white."""
+    def brightest(start, stop):
+        color, usable = picture.usable(slice(start, stop), slice(0, picture.shape[1]))
+        return color[usable].max(initial=-np.inf)
+
+    highest = max(picture.each_strip(brightest, rows))
+    if highest > ABOVE_WHITE * white:
+        highest, white = picture.physical([highest, white])
+        suggested = 65535 if 255 < highest <= 65535 else highest
+        raise RmgradientError(f'there are values up to {in_words([highest])}, and stretching takes {white:g} for '
+                              f'white: say what white is, for example {in_words([suggested])}')
 
 
 def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str, *,
-                    reference: ArrayLike | Picture | None = None, **settings: Any) -> Correction:
+                    reference: ArrayLike | Picture | None = None, mask: ArrayLike | None = None,
+                    **settings: Any) -> Correction:
     """Find the background gradient of a picture, as the command does.
 
     Parameters
@@ -2070,8 +2328,11 @@ def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str
         See `make_points`; with 'auto', `choose_points` chooses them.
     reference : (height, width) or (height, width, n_channels) array_like, or a Picture, optional
         Registered picture of the same field, see `fit_beside_reference`; for the adaptive model.
+    mask : (height, width) array_like of bool, optional
+        True where nothing is measured, as on land or nebulae; that of a numpy.ma array or a CCDData is added.
     **settings
-        Fields of `Settings`: sigma, smooth, sky, method, dither, rows; auto adds automatic points to those given.
+        Fields of `Settings`: sigma, smooth, sky, method, white, dither, rows; auto adds automatic points to those
+        given.
 
     Returns
     -------
@@ -2088,7 +2349,7 @@ def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str
             raise RmgradientError(f"points are {points!r}, neither coordinates nor 'auto'")
         settings = {'auto': 0, **settings}
     chain = Settings(**settings)
-    picture = as_picture(image)
+    picture = as_picture(image, mask)
     check_sky(chain.sky, picture)
     given = None if isinstance(points, str) else points if isinstance(points, Points) else make_points(points)
     beside = None
@@ -2101,13 +2362,15 @@ def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str
 
 
 def remove_gradient(image: ArrayLike | Picture, points: ArrayLike | Points | str, *,
-                    reference: ArrayLike | Picture | None = None, **settings: Any) -> np.ndarray:
+                    reference: ArrayLike | Picture | None = None, mask: ArrayLike | None = None,
+                    **settings: Any) -> np.ndarray:
     """Remove the background gradient from an array, as the command does from a file.
 
     Parameters as in `find_correction`. Returns an array of the shape and dtype of the image, in native byte order; the
-    image itself is not changed. Memory: the result, and a few groups of rows in float64.
+    image itself is not changed. What is masked is corrected, too; a numpy.ma array keeps its mask. Memory: the result,
+    and a few groups of rows in float64.
     """
-    return find_correction(image, points, reference=reference, **settings).apply(image)
+    return find_correction(image, points, reference=reference, mask=mask, **settings).apply(image)
 
 
 # ---- Picture files -------------------------------------------------------------------------------
@@ -2148,9 +2411,9 @@ class FilePicture(Picture):
     can_compress = False
     remarks: list[str]  # what is left out
 
-    def __init__(self, path):
+    def __init__(self, path, file=None):
         self.path, self.remarks = os.fspath(path), []
-        self._file = open(path, 'rb')  # noqa: SIM115
+        self._file = file or open(path, 'rb')  # noqa: SIM115
         try:
             with self._damage():
                 self._open()
@@ -2292,6 +2555,7 @@ def pack_directory(tags, offset, byteorder, bigtiff):
 
 EXIF, GPS, INTEROPERABILITY, ICC, XMP, DESCRIPTION = 34665, 34853, 40965, 34675, 700, 270
 METAMORPH, IMAGEJ = range(33628, 33632), (50838, 50839)  # of all planes of a stack
+GDAL_NODATA = 42113  # text of a number
 SUB_DIRECTORIES = {None: {EXIF, GPS, INTEROPERABILITY}, EXIF: {INTEROPERABILITY}}  # of which directory
 # Tags that say how the pixels are stored: the output has its own. 254, 255, 297: kind and number of the page.
 STRUCTURE_TAGS = {*range(254, 260), 262, 266, 273, 277, 278, 279, 284, 288, 289, 292, 293, 297, 317,
@@ -2325,9 +2589,9 @@ class TiffImage(FilePicture):
         check_page(page)
         check_segments(page, file.size)
         self.n_samples, self.dtype = page.samplesperpixel, page.dtype.newbyteorder('=')
-        self.shape = page.imagelength, page.imagewidth, 3 if page.photometric == 2 else 1
+        self.shape = page.imagelength, page.imagewidth, count_colors(page)
         self._photometric, self._extra_samples = int(page.photometric), [int(kind) for kind in page.extrasamples]
-        self.alpha = self.shape[2] + self._extra_samples.index(2) if 2 in self._extra_samples else None
+        self.alpha = self._extra_samples.index(2) - len(self._extra_samples) if 2 in self._extra_samples else None
         self._unreadable = []
         tags, n_pages = self._read_tags(entries), 1 + self._count_pictures(next_directory)
         self.remarks += [f'{what} cannot be read and is left out' for what in self._unreadable[:3]]
@@ -2344,6 +2608,27 @@ class TiffImage(FilePicture):
         self._is_plain = page.compression == 1 and page.fillorder == 1
         page.decode  # made now: making it is not safe in threads  # noqa: B018
         self._decoded, self._lock = collections.OrderedDict(), threading.Lock()
+        self.blank = self._find_blank()
+        if 1 in self._extra_samples:
+            self._check_opaque(page.extrasamples.index(1) - len(page.extrasamples))
+
+    def _find_blank(self):
+        """Return the value of pixels without data that GDAL names, None if it is none of the type."""
+        text = next((tag.value for tag in self._tags if tag.code == GDAL_NODATA and tag.type == 2), b'')
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(text.rstrip(b'\0 '))
+            with np.errstate(over='ignore'):
+                stored = self.dtype.type(value)
+            if math.isfinite(stored) and (self.dtype.kind == 'f' or stored == value):
+                return stored.item()
+        return None
+
+    def _check_opaque(self, sample):
+        """Raise RmgradientError unless alpha, that colors are multiplied by, is the largest value everywhere."""
+        opaque = range_of(self.dtype)[1] if self.dtype.kind in 'ui' else 1.0
+        if not all((self.read(start, stop)[..., sample] == opaque).all() for start, stop in row_groups(self.shape[0])):
+            raise RmgradientError('colors are multiplied by alpha; save without transparency, or with '
+                                  'unassociated alpha')
 
     def _read_layout(self, entries):
         """Return a tifffile.TiffPage made from the tags of the layout alone."""
@@ -2445,14 +2730,15 @@ class TiffImage(FilePicture):
 
     def _structure(self, n_samples):
         """Return {name: (type, values)} of the tags that say what the pixels are."""
-        height, width, n_channels = self.shape
+        height, width, _ = self.shape
         structure = {'ImageWidth': (LONG, [width]), 'ImageLength': (LONG, [height]),
                      'BitsPerSample': (SHORT, [self.dtype.itemsize * 8] * n_samples),
                      'PhotometricInterpretation': (SHORT, [self._photometric]),
                      'SamplesPerPixel': (SHORT, [n_samples]), 'PlanarConfiguration': (SHORT, [1]),
                      'SampleFormat': (SHORT, ['uif'.index(self.dtype.kind) + 1] * n_samples)}
-        if n_samples > n_channels and self._extra_samples:
-            structure['ExtraSamples'] = SHORT, self._extra_samples
+        n_colors = 3 if self._photometric == 2 else 1  # further ones are extra samples, also if they are bands
+        if n_samples > n_colors and self._extra_samples:
+            structure['ExtraSamples'] = SHORT, self._extra_samples[:n_samples - n_colors]
         return structure
 
     def _pack_tag(self, name, type_, values):
@@ -2592,9 +2878,6 @@ def check_page(page):
         raise RmgradientError(f'pixels are {kind} of {bits} bit; convert the picture to 8, 16 or 32 bit')
     if page.samplesperpixel < colors:
         raise Damage(f'{page.samplesperpixel} channels instead of {colors}')
-    if 1 in page.extrasamples:
-        raise RmgradientError('colors are multiplied by alpha; save without transparency, or with '
-                              'unassociated alpha')
     if len(page.extrasamples) not in (0, page.samplesperpixel - colors):
         raise Damage(f'{len(page.extrasamples)} extra samples beside {colors} of {page.samplesperpixel} '
                      'channels')
@@ -2608,6 +2891,19 @@ def check_page(page):
     if page.predictor != 1 and page.compression in (1, 32773):
         raise RmgradientError('a predictor without a compression that has one: programs disagree what it '
                               'means; save it anew')
+
+
+def count_colors(page):
+    """Return how many samples of a tifffile.TiffPage are colors.
+
+    Programs for maps write bands as gray with unspecified extra samples: three or more of these are all colors.
+    """
+    n_colors = 3 if page.photometric == 2 else 1
+    if page.photometric != 1 or page.samplesperpixel < 3:
+        return n_colors
+    kinds = [int(kind) for kind in page.extrasamples] or [0] * (page.samplesperpixel - 1)
+    n_bands = 1 + len(list(itertools.takewhile(lambda kind: kind == 0, kinds)))
+    return n_bands if n_bands >= 3 else n_colors
 
 
 def grid_of_segments(page):
@@ -2646,6 +2942,8 @@ def check_segments(page, file_size):
 
 FITS_BLOCK, FITS_CARD = 2880, 80  # bytes
 MOST_CARDS, MOST_HEADERS = 36000, 100  # of a header, and headers before the picture: beyond is damage
+MOSAIC_CARDS = 'BAYERPAT', 'COLORTYP', 'CFAPAT', 'CFATYPE', 'BAYER', 'XBAYROFF'  # programs name raw colors so
+MOST_PACKED = 3000  # times as large: more than any compression of the standard gains
 STALE_CARDS = {b'DATAMIN ', b'DATAMAX ', b'CHECKSUM', b'DATASUM '}  # they describe the old pixels
 
 
@@ -2669,6 +2967,13 @@ class FitsHeader(NamedTuple):
         value = self.get(name, default)
         if type(value) is not int:  # bool is none
             raise Damage(f'{name} is {value!r}, not a whole number')
+        return value
+
+    def number(self, name, default):
+        """Return a value that is a finite number; Damage if it is none."""
+        value = self.get(name, default)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise Damage(f'{name} is {value!r}, not a number')
         return value
 
     @property
@@ -2725,6 +3030,67 @@ def read_header(file, start):
     return header._replace(axes=axes, end=data + size)
 
 
+def gunzip(path):
+    """Return a temporary file of what is in a gzip file, if that is a FITS file."""
+    import gzip
+    import tempfile
+    target = tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        with gzip.open(path) as source:
+            data = source.read(FITS_BLOCK)
+            if not data.startswith(b'SIMPLE  ='):
+                raise RmgradientError('a gzip file that has no FITS file in it; unpack it: gunzip '
+                                      f'{shlex.quote(os.fspath(path))}')
+            while data:
+                target.write(data)
+                if target.tell() % 2**28 < 2**20 and shutil.disk_usage(tempfile.gettempdir()).free < 2**30:
+                    raise RmgradientError('unpacked it needs more than the disk of temporary files has')
+                data = source.read(2**20)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        target.close()
+        raise RmgradientError('damaged: it can not be unpacked') from error
+    except BaseException:
+        target.close()
+        raise
+    target.flush()
+    return target
+
+
+def unpack_image(file):
+    """Return a temporary file of the first image that is compressed in a table of a FITS file.
+
+    Memory: a few rows, and the tiles of the compression that have them.
+    """
+    try:
+        from astropy.io import fits
+    except Exception as error:
+        raise RmgradientError(why_not_loaded(error)) from error
+    import tempfile
+    target = tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        with warnings.catch_warnings(action='ignore'), fits.open(file, do_not_scale_image_data=True) as hdus:
+            image = next(each for each in hdus if isinstance(each, fits.CompImageHDU))
+            structure = re.compile('SIMPLE|XTENSION|BITPIX|NAXIS[0-9]*|PCOUNT|GCOUNT|CHECKSUM|DATASUM')
+            shape = image.shape
+            values = {'SIMPLE': 'T', 'BITPIX': image.header['BITPIX'], 'NAXIS': len(shape)}
+            values |= {f'NAXIS{i + 1}': n for i, n in enumerate(reversed(shape))}
+            cards = [f'{name:8}= {value:>20}'.ljust(FITS_CARD) for name, value in values.items()]
+            cards += [card.image for card in image.header.cards if not structure.fullmatch(card.keyword)
+                      and card.image.strip() != "EXTNAME = 'COMPRESSED_IMAGE'"]
+            text = ''.join([*cards, 'END']).encode('ascii', 'replace')
+            target.write(text.ljust(padded(len(text))))
+            for plane in np.ndindex(shape[:-2]):
+                for start in range(0, shape[-2], ROWS):
+                    rows = image.section[(*plane, slice(start, min(start + ROWS, shape[-2])))]
+                    target.write(np.ascontiguousarray(rows, rows.dtype.newbyteorder('>')))
+        target.write(bytes(padded(target.tell()) - target.tell()))
+        target.flush()
+    except BaseException:
+        target.close()
+        raise
+    return target
+
+
 def padded(size):
     """Return how many bytes the blocks take that hold as many."""
     return -(-size // FITS_BLOCK) * FITS_BLOCK
@@ -2733,35 +3099,45 @@ def padded(size):
 class FitsImage(FilePicture):
     """An open FITS picture: the primary array, or the first image extension if that is empty.
 
-    Gray or of three planes. Integers may have the offset that makes them unsigned (or signed bytes); nothing
-    else may be scaled. Rows are counted as they are stored. The standard: Pence et al. 2010, Astronomy and
-    Astrophysics 524, A42.
+    Gray or of three planes; files packed by gzip or fpack are unpacked into a temporary file. Where values are
+    scaled, other than by the offset that makes integers unsigned, `read` gives the stored ones. Those of a negative
+    scale are inverted, so that light is positive. Rows are counted as they are stored. The standard: Pence et al.
+    2010, Astronomy and Astrophysics 524, A42.
     """
 
-    format, endings = 'FITS', ('.fits', '.fit', '.fts')
+    format, endings, _is_inverted = 'FITS', ('.fits', '.fit', '.fts'), False
 
     def _open(self):
         self._bytes = RandomAccess(self._file)
         self._header = header = self._find_picture()
         if header.get('ZIMAGE') is True:
-            raise RmgradientError('compressed by fpack; unpack it with funpack')
+            self._unpack(header)
+            header = self._header
         if math.prod(header.axes[2:]) != 1 and (header.axes[2] != 3 or math.prod(header.axes[3:]) != 1):
             raise RmgradientError(f'a cube of {" x ".join(map(str, header.axes))}; save one plane, or three')
         width, height, self.n_samples = (*header.axes, 1)[:3]
         self.shape = height, width, self.n_samples
-        bits, zero, scale = header.get('BITPIX'), header.get('BZERO', 0), header.get('BSCALE', 1)
-        half = {8: -128, 16: 2**15, 32: 2**31, 64: 2**63}.get(bits)
-        if scale != 1 or zero not in (0, half):
-            raise RmgradientError(f'values are scaled by BSCALE {scale} and BZERO {zero}; save them as they '
-                                  'are, integers or floating point numbers')
+        bits, zero, scale = header.get('BITPIX'), header.number('BZERO', 0), header.number('BSCALE', 1)
+        if scale == 0:
+            raise Damage('BSCALE is 0')
         kind = 'f' if bits < 0 else 'u' if bits == 8 else 'i'
         self._stored = np.dtype(f'>{kind}{abs(bits) // 8}')  # in the file
         self.dtype = self._stored.newbyteorder('=')
-        if zero:
+        # The offset that makes integers unsigned, or bytes signed; with any other, stored values are corrected.
+        if has_sign := scale == 1 and zero == {8: -128, 16: 2**15, 32: 2**31, 64: 2**63}.get(bits):
             self.dtype = np.dtype(f'{"i" if kind == "u" else "u"}{self.dtype.itemsize}')
+        else:
+            self.scale, self.zero, self._is_inverted = abs(scale), zero, scale < 0
+            if self._is_inverted:
+                self.zero += scale * float(self._invert(np.zeros(1, self.dtype))[0])
         if kind != 'f' and header.get('BLANK') is not None:
-            blank, limits = header.whole_number('BLANK') + int(zero), np.iinfo(self.dtype)
-            self.blank = blank if limits.min <= blank <= limits.max else None
+            blank, limits = header.whole_number('BLANK') + int(zero if has_sign else 0), np.iinfo(self.dtype)
+            if limits.min <= blank <= limits.max:
+                self.blank = int(self._invert(np.array([blank], self.dtype))[0]) if self._is_inverted else blank
+        if self.n_samples == 1 and (names := [name for name in MOSAIC_CARDS if header.get(name)]) and (
+                is_color_mosaic(self)):
+            raise RmgradientError(f'raw colors of a color filter array ({names[0]} {header.get(names[0])}): debayer '
+                                  'it first, for example with Siril')
         self.bottom_up = str(header.get('ROWORDER')).strip().upper() != 'TOP-DOWN'
 
     def _find_picture(self):
@@ -2794,7 +3170,22 @@ class FitsImage(FilePicture):
             with self._damage():
                 data = self._bytes.read(self._header.data + first * item, step * n_columns * item)
             window[row:row + step, :, plane] = np.frombuffer(data, self._stored).reshape(-1, n_columns)
-        return turn_sign(window, self.dtype)
+        return self._invert(window) if self._is_inverted else turn_sign(window, self.dtype)
+
+    @staticmethod
+    def _invert(values):
+        return -values if values.dtype.kind == 'f' else ~values
+
+    def _unpack(self, header):
+        """Unpack an image that is compressed in a table, as by fpack, and open the result."""
+        axes = [header.whole_number(f'ZNAXIS{i + 1}') for i in range(header.whole_number('ZNAXIS'))]
+        size = math.prod(axes) * abs(header.whole_number('ZBITPIX')) // 8
+        if not 0 < size <= MOST_PACKED * self._bytes.size:
+            raise Damage(f'an image of {size} bytes packed into {self._bytes.size}')
+        packed, self._file = self._file, unpack_image(self._file)
+        packed.close()
+        self._bytes = RandomAccess(self._file)
+        self._header = self._find_picture()
 
     def write(self, file, strip_at, kind, settings):
         """Write strips as a FITS like this one into a seekable file, see `FilePicture.write`.
@@ -2816,6 +3207,7 @@ class FitsImage(FilePicture):
 
         def encoding(start, stop):
             planes = np.ascontiguousarray(strip_at(start, stop).transpose(2, 0, 1))
+            planes = self._invert(planes) if self._is_inverted else planes
             return turn_sign(planes, self._stored.newbyteorder('=')).astype(self._stored)
 
         for planes in self.each_strip(encoding, settings.rows):
@@ -2853,7 +3245,6 @@ OTHER_FORMATS = {
     rb'XISF0': 'an XISF picture; save it as FITS or TIFF with PixInsight or Siril',
     rb'8BPS': 'a Photoshop picture; save it as TIFF',
     rb'SIMPLE  = +F': 'no standard FITS file',
-    rb'\x1f\x8b': 'compressed by gzip; unpack it: gunzip FILE',
     rb'BZh': 'compressed by bzip2; unpack it: bunzip2 FILE',
     rb'....ftyp(heic|heix|mif1|avif)': 'a HEIF picture; convert it to TIFF',
     rb'II\*\0....CR|....ftypcrx|FUJIFILM|IIR[OS]|MMOR|IIU\0|\0MRM|FOVb':
@@ -2877,6 +3268,8 @@ def open_picture(path: str | os.PathLike[str]) -> Picture:
             raise RmgradientError(what.replace('FILE', shlex.quote(path)).replace('STEM', stem))
     if head.startswith(b'SIMPLE  ='):
         return FitsImage(path)
+    if head.startswith(b'\x1f\x8b'):
+        return FitsImage(path, gunzip(path))
     if head[:4] in (b'II*\0', b'II+\0', b'MM\0*', b'MM\0+'):
         return TiffImage(path)
     raise RmgradientError('is neither a TIFF nor a FITS picture')
@@ -3041,30 +3434,56 @@ def _close(file):
 
 # ---- Display -------------------------------------------------------------------------------------
 
+MASK_TINT = 0.0, 0.25, 0.1  # color added to masked areas
+
+
+class Binned(NamedTuple):
+    """A window of a picture in larger pixels, for the screen."""
+
+    values: np.ndarray  # (height, width, n_channels) float64: means of the finite pixels of a few rows, NaN without
+    factor: int  # how many pixels became one
+    untouched: np.ndarray  # (height, width) bool: pixels that stay as they are, see `Picture.untouched`
+    masked: np.ndarray | None  # (height, width) bool; None without a mask
+
+
 def read_binned(picture, window=None, n=1000):
-    """Return a window of a picture binned to about n x n pixels at most, float64, and by which factor.
+    """Return a window of a picture Binned to about n x n pixels at most.
 
     The window is left, right, top, bottom; by default, it is the whole picture.
     """
     left, right, top, bottom = window or (0, picture.shape[1], 0, picture.shape[0])
-    factor, rows = max(1, -(-max(right - left, bottom - top) // n)), []
-    edges = np.arange(0, right - left, factor)
-    counts = np.diff([*edges, right - left])[:, None]
+    factor, columns = max(1, -(-max(right - left, bottom - top) // n)), slice(left, right)
+    edges, values, untouched, masked = np.arange(0, right - left, factor), [], [], []
     for start in range(top, bottom, factor):
         # Few rows of each block are read, so that a large picture opens as fast as a small one.
-        stop = min(start + min(factor, 4 if factor < 8 else 1), bottom)
-        row = picture[start:stop, left:right].astype(float).mean(axis=0)
-        rows.append(np.add.reduceat(row, edges, axis=0) / counts)
-    return np.stack(rows), factor
+        rows = slice(start, min(start + min(factor, 4 if factor < 8 else 1), bottom))
+        samples = picture.read(rows.start, rows.stop, left, right)
+        color = samples[..., :picture.shape[2]].astype(float)
+        finite = np.isfinite(color) if picture.blank is None else np.isfinite(color) & (color != picture.blank)
+        total, number = (np.add.reduceat(each.sum(axis=0), edges, axis=0)
+                         for each in (np.where(finite, color, 0), finite.astype(float)))
+        values.append(np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0))
+        untouched.append(picture.untouched(samples, rows, columns)[0, ::factor])
+        if picture.mask is not None:
+            masked.append(picture.is_masked(slice(start, start + 1), columns)[0, ::factor])
+    return Binned(np.stack(values), factor, np.stack(untouched), np.stack(masked) if masked else None)
 
 
-def correct_binned(correction, picture, background):
-    """Return a binned picture, float64, without its background, and where it became black, bool."""
-    lowest = np.iinfo(correction.dtype).min if correction.dtype.kind in 'ui' else 0
+def correct_binned(correction, binned, background):
+    """Return the values of a Binned picture without its background, and where they became black, bool."""
+    dtype = correction.picture.dtype
+    lowest = np.iinfo(dtype).min if dtype.kind in 'ui' else 0
     with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
-        after = correction.leveled(picture, background - correction.sky)
-    after = np.where(no_data(picture)[..., None], picture, after)
-    return after, ((after <= lowest) & (picture > lowest)).any(axis=2)
+        after = correction.leveled(binned.values, background - correction.sky)
+    if not correction.settings.is_classic:
+        after = np.where(binned.untouched[..., None], binned.values, after)
+    return after, ((after <= lowest) & (binned.values > lowest)).any(axis=2)
+
+
+def in_colors(picture):
+    """Return a picture of any number of channels, in 0 ... 1, as red, green and blue."""
+    n_channels = picture.shape[2]
+    return picture[..., :3].copy() if n_channels >= 3 else np.repeat(picture[..., :1], 3, axis=2)
 
 
 def stretch_midtones(picture, like=None):
@@ -3118,21 +3537,26 @@ def draw_preview(file, kind, picture, correction):
     from matplotlib.figure import Figure
 
     height, width, _ = picture.shape
-    before, factor = read_binned(picture)
+    binned = read_binned(picture)
+    before, factor = binned.values, binned.factor
     background = correction.model.shrunk(factor).evaluate(0, *before.shape[:2])
-    after, black = correct_binned(correction, before, background)
+    after, black = correct_binned(correction, binned, background)
     misfits = [i for i, _ in correction.misfits]
     panel = 6 * np.array([width, height]) / max(width, height)
     grid = (3, 1) if width > 2.5 * height else (1, 3)
     size = np.maximum(panel, 2.5) * grid[::-1] + 1
     figure, (left, bottom) = Figure(figsize=size), 0.6 / size  # a layout by matplotlib takes long
     figure.subplots_adjust(left, bottom, 1 - left / 4, 1 - bottom / 1.5, 0.04, 0.15)
-    stretched = [np.broadcast_to(each, (*each.shape[:2], 3)).copy() for each in (
+    stretched = [in_colors(each) for each in (
         stretch_midtones(before), stretch_midtones(background, before), stretch_midtones(after))]
     stretched[2][black] = 0, 0.2, 1
-    level = in_words(correction.sky[:1] if np.ptp(correction.sky) == 0 else correction.sky)
+    if binned.masked is not None:
+        stretched[0][binned.masked] = 0.6 * stretched[0][binned.masked] + MASK_TINT
+    sky = picture.physical(correction.sky)
+    level = in_words(sky[:1] if np.ptp(sky) == 0 else sky)
     panels = figure.subplots(*grid, sharex=True, sharey=True)
-    titles = ('before' + (', red points do not fit' if misfits else ''), 'background',
+    titles = ('before' + (', masked areas green' if binned.masked is not None else '')
+              + (', red points do not fit' if misfits else ''), 'background',
               f'after, the sky at {level}' + (', blue is newly black' if black.any() else ''))
     for axes, each, title in zip(panels, stretched, titles):
         axes.imshow(each, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
@@ -3223,11 +3647,11 @@ class Editor:
         self._measured, self._dragged, self._window = {}, None, None
         self._asked = False
         height, width, _ = picture.shape
-        self._binned, self._factor = read_binned(picture, n=700)  # as large as it is drawn
+        self._binned = read_binned(picture, n=700)  # as large as it is drawn
         self.figure, (self.left, self.right) = plt.subplots(1, 2, figsize=(14, 6), layout='constrained',
                                                             sharex=True, sharey=True)
         self.status = self.figure.supxlabel(self.HELP, fontsize=9)
-        stretched, frame = self._stretch(self._binned), (-0.5, width - 0.5, height - 0.5, -0.5)
+        stretched, frame = self._stretch(self._binned.values), (-0.5, width - 0.5, height - 0.5, -0.5)
         self._images = [axes.imshow(stretched, cmap='gray', vmin=0, vmax=255, extent=frame,
                                     interpolation='nearest') for axes in self.figure.axes]
         self.left.set_autoscale_on(False)
@@ -3257,7 +3681,15 @@ class Editor:
     def _stretch(picture, like=None):
         stretched = np.nan_to_num(255 * stretch_midtones(picture, like))
         stretched = stretched.astype(np.uint8)  # drawn faster than floats
-        return stretched if stretched.shape[2] == 3 else stretched[..., 0]
+        return stretched[..., 0] if stretched.shape[2] < 3 else stretched[..., :3]
+
+    def _stretch_with_mask(self, binned):
+        """Return a Binned picture stretched as the whole one, with masked areas tinted."""
+        stretched = self._stretch(binned.values, self._binned.values)
+        if binned.masked is not None and binned.masked.any():
+            stretched = in_colors(np.atleast_3d(stretched))
+            stretched[binned.masked] = 0.6 * stretched[binned.masked] + 255 * np.array(MASK_TINT)
+        return stretched
 
     def points(self, least=3):
         """Return the points that can be used, see `make_points`."""
@@ -3306,35 +3738,39 @@ class Editor:
         return reasons
 
     def _measure(self, place):
-        """Return what is measured at a place, or the reason why it can't be, measured once."""
+        """Return the Window of a place, or the reason why there is none, measured once."""
         if place not in self._measured:
+            point, settings = unchecked_points([place]), self.settings
+            kernel = blur_kernel(settings.sigma)
             try:
-                self._measured[place] = measure_levels(self.picture, unchecked_points([place]), self.settings.sigma)
+                check_points(point, *self.picture.shape[:2], len(kernel) // 2)
+                self._measured[place] = measure_window(self.picture, place, kernel, settings.is_adaptive)
+            except Unusable as error:
+                self._measured[place] = str(error)
             except RmgradientError as error:
                 self._measured[place] = str(error).partition(') ')[2]
         return self._measured[place]
 
     def _measure_points(self, points):
         """Return Measured of usable points."""
-        places = points.centers[points.leader].astype(int).tolist()
-        each = [self._measure(tuple(place)) for place in places]
-        levels, noise = (np.concatenate(values) for values in zip(*((one.levels, one.noise) for one in each)))
-        return Measured(points, levels, noise)
+        places = points.centers.astype(int).tolist()
+        return measured_from(points, {i: self._measure(tuple(place)) for i, place in enumerate(places)
+                                      if not points.on_isoline[i]})
 
     def _draw(self, bad):
         for artist in self._drawn:
             artist.remove()
-        shown, radius = unchecked_points(self.pairs), math.ceil(3 * self.settings.sigma)
-        self._drawn = draw_points(self.left, shown, bad, radius)
+        points, radius = unchecked_points(self.pairs), math.ceil(3 * self.settings.sigma)
+        self._drawn = draw_points(self.left, points, bad, radius)
         self._read_window()
-        binned, like, name = self._binned, self._binned, 'give at least three points'
+        shown, like, name = self._binned.values, self._binned.values, 'give at least three points'
         if self.correction:
-            binned = self.correction.model.shrunk(self._factor).evaluate(0, *binned.shape[:2])
+            shown = self.correction.model.shrunk(self._binned.factor).evaluate(0, *shown.shape[:2])
             name = 'background (v: result)'
             if self._shows_result:
-                binned, _ = correct_binned(self.correction, self._binned, binned)
-                like, name = binned, 'result (v: background)'
-        self._images[1].set_data(self._stretch(binned, like))
+                shown, _ = correct_binned(self.correction, self._binned, shown)
+                like, name = shown, 'result (v: background)'
+        self._images[1].set_data(self._stretch(shown, like))
         self.right.set_title(name, fontsize=10)
 
     def _read_window(self):
@@ -3345,10 +3781,11 @@ class Editor:
         top, bottom = max(0, math.floor(y0)), min(height, math.ceil(y1) + 1)
         window, self._window = self._window, (left, right, top, bottom)
         if left < right and top < bottom and window != self._window:
-            part, factor = read_binned(self.picture, self._window, 700)
-            self._images[0].set_data(self._stretch(part, self._binned))
-            self._images[0].set_extent((left - 0.5, left + factor * part.shape[1] - 0.5,
-                                        top + factor * len(part) - 0.5, top - 0.5))
+            part = read_binned(self.picture, self._window, 700)
+            height, width = part.untouched.shape
+            self._images[0].set_data(self._stretch_with_mask(part))
+            self._images[0].set_extent((left - 0.5, left + part.factor * width - 0.5,
+                                        top + part.factor * height - 0.5, top - 0.5))
 
     def _change(self, pairs, before=None):
         """Take pairs, and remember those before for undo."""
@@ -3458,7 +3895,7 @@ class Given(NamedTuple):
 def process(options):
     """Do what the command line asks for; options are those of `build_parser`."""
     jobs = list_jobs(options)
-    inputs = [path for path in (*options.input, options.reference) if path]
+    inputs = [path for path in (*options.input, options.reference, options.mask) if path]
     if options.points_file not in (None, '-', options.save_points):
         inputs.append(options.points_file)  # else it is read before it is replaced
     check_paths(inputs, [path for job in jobs for path in job.outputs.values()], options.overwrite)
@@ -3487,14 +3924,14 @@ def process(options):
 
 def list_jobs(options):
     """Return a Job for each picture; outputs go into folders, if these are named."""
-    names = [os.path.normcase(os.path.basename(path)) for path in options.input]
+    names = [os.path.normcase(plain_name(path)) for path in options.input]
     for i, name in enumerate(names):
         if (first := names.index(name)) != i:
             raise RmgradientError(f'{options.input[first]} and {options.input[i]} have the same name, '
                                   'and so would their outputs: correct them one by one')
     several, jobs = len(options.input) > 1, []
     for path in options.input:
-        name, outputs = os.path.basename(path), {}
+        name, outputs = plain_name(path), {}
         for kind, ending in OUTPUTS.items():
             if output := getattr(options, kind):
                 if os.path.isdir(output):
@@ -3504,6 +3941,15 @@ def list_jobs(options):
                 outputs[kind] = output
         jobs.append(Job(path, outputs))
     return jobs
+
+
+def plain_name(path):
+    """Return the name of a file in a folder of outputs: that of the picture, without .gz or .fz."""
+    name = os.path.basename(path)
+    stem, ending = os.path.splitext(name)
+    if ending.lower() not in ('.gz', '.fz'):
+        return name
+    return stem if stem.lower().endswith(FitsImage.endings) else stem + FitsImage.endings[0]
 
 
 def settings_of(options):
@@ -3516,7 +3962,8 @@ def process_picture(job, given, options):
     settings, picture = settings_of(options), open_picture(job.path)
     megapixels = f' {picture.shape[0] * picture.shape[1] / 1e6:.3g} megapixels'
     with (picture, threads(progress_bar('strip', megapixels, shown=len(options.input) == 1)) as picture.starmap,
-          open_reference(options.reference, picture) as reference):
+          open_beside(options.reference, picture, check_reference) as reference,
+          open_beside(options.mask, picture, check_mask) as picture.mask):
         check_picture(picture, job, given, options)
         if given.points is not None or settings.auto is not None:
             measured = measure_points(picture, given.points, settings, reference)
@@ -3542,18 +3989,25 @@ def process_picture(job, given, options):
 
 
 @contextlib.contextmanager
-def open_reference(path, picture):
-    """Give the open reference of a picture, None if there is none."""
+def open_beside(path, picture, check):
+    """Give the open reference or mask of a picture, None if there is none; check takes the shapes of both."""
     if not path:
         yield None
         return
     with about(path):
-        reference = open_picture(path)
-    with reference:
+        beside = open_picture(path)
+    with beside:
         with about(path):
-            check_reference(picture.shape, reference.shape)
-        reference.starmap = picture.starmap
-        yield reference
+            check(picture.shape, beside.shape)
+        beside.starmap = picture.starmap
+        yield beside
+
+
+def check_mask(shape, mask_shape):
+    """Raise RmgradientError unless a mask has the size of a picture."""
+    if mask_shape[:2] != shape[:2]:
+        raise RmgradientError(f'is {mask_shape[1]} x {mask_shape[0]} pixels and the picture {shape[1]} x {shape[0]}; '
+                              'a mask has the same size')
 
 
 def check_picture(picture, job, given, options):
@@ -3763,7 +4217,7 @@ def report_written(outputs, picture, sky, counts):
         logger.warning('%s: the background of %d pixels is beyond what integers of the type hold, and was '
                        'limited; a point of empty sky near them may help', outputs['background'], counts[2])
     for kind, path in outputs.items():
-        level = f'; the sky is level at {in_words(sky)}' if kind == 'output' else ''
+        level = f'; the sky is level at {in_words(picture.physical(sky))}' if kind == 'output' else ''
         logger.info('%s: written%s', path, level)
 
 
@@ -3829,6 +4283,9 @@ def build_parser():
                        'classic model, a multiquadric of that smoothness, often 0.1 (default: %(default)s)')
     model.add_argument('-r', '--rows', metavar='N', type=number_from(1, 2**31, int), default=ROWS,
                        help='rows worked on together; memory is proportional (default: %(default)s)')
+    model.add_argument('--mask', metavar='FILE',
+                       help='picture of the same size (TIFF or FITS): where it is not 0, nothing is measured and no '
+                       'point is chosen, as on land, trees or nebulae; it is corrected all the same')
     model.add_argument('--reference', metavar='FILE',
                        help='registered picture of the same field and size with less gradient, gray or in '
                        'the same colors: what it shows is not background, even where nebulae fill the frame')
@@ -3841,6 +4298,8 @@ def build_parser():
     how.add_argument('--stretch', dest='method', action='store_const', const='stretch',
                      help='scale each pixel after the subtraction so that white (the largest integer, 1.0 '
                      'for floats) stays white')
+    correction.add_argument('--white', metavar='VALUE', type=number_from(TINY, 1e300),
+                            help='largest value, for --stretch (default: the largest integer, 1.0 for floats)')
     correction.add_argument('--sky', metavar='LEVEL', type=sky_level,
                             help='level that the sky gets: gray, the same for all channels, the mean over '
                             'them of the median level of the points; color, the median level of each '
@@ -3888,7 +4347,7 @@ def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(None if argv is None else [os.fspath(word) for word in argv])
     outputs = [getattr(options, kind) for kind in OUTPUTS]
-    if '' in (*options.input, *outputs, options.points_file, options.reference):
+    if '' in (*options.input, *outputs, options.points_file, options.reference, options.mask):
         parser.error('the name of a file is empty')
     if not (options.edit or any(outputs)):
         parser.error('nothing to write: give -o/--output, or --save-points, --preview or -b/--background')

@@ -25,6 +25,7 @@ setup(
                       'tqdm>=4.60.0'],
     extras_require={
         'plot': ['matplotlib>=3.8'],
+        'fits': ['astropy>=6.0'],  # to unpack what fpack has packed
         'test': ['pytest>=8', 'pytest-cov>=5', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'matplotlib>=3.8',
                  'astropy>=6.0', 'ruff>=0.11', 'codespell>=2.3', 'argparse-manpage>=4.6', 'shtab>=1.7', 'mypy>=1.10'],
     },

@@ -16,7 +16,7 @@ here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
 import rmgradient  # noqa: E402
 
-FILES = {'input', 'output', 'background', 'save_points', 'preview', 'points_file', 'reference'}
+FILES = {'input', 'output', 'background', 'save_points', 'preview', 'points_file', 'reference', 'mask'}
 
 
 def main():

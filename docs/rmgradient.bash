@@ -7,7 +7,7 @@
 
 
 
-_shtab_rmgradient_option_strings=(-i --input -o --output -b --background -c --compress --save-points --preview --overwrite -p --points -f --points-file -a --auto --edit -s --sigma -m --smooth -r --rows --reference --divide --stretch --sky --dither -q --quiet --version -h --help)
+_shtab_rmgradient_option_strings=(-i --input -o --output -b --background -c --compress --save-points --preview --overwrite -p --points -f --points-file -a --auto --edit -s --sigma -m --smooth -r --rows --mask --reference --divide --stretch --white --sky --dither -q --quiet --version -h --help)
 
 _shtab_rmgradient__i_COMPGEN=_shtab_compgen_files
 _shtab_rmgradient___input_COMPGEN=_shtab_compgen_files
@@ -19,6 +19,7 @@ _shtab_rmgradient___save_points_COMPGEN=_shtab_compgen_files
 _shtab_rmgradient___preview_COMPGEN=_shtab_compgen_files
 _shtab_rmgradient__f_COMPGEN=_shtab_compgen_files
 _shtab_rmgradient___points_file_COMPGEN=_shtab_compgen_files
+_shtab_rmgradient___mask_COMPGEN=_shtab_compgen_files
 _shtab_rmgradient___reference_COMPGEN=_shtab_compgen_files
 
 _shtab_rmgradient___sky_choices=(gray color darkest)

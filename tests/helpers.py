@@ -79,7 +79,7 @@ def correction(image, background, sky=0.0, **settings):
     n_channels = background.shape[2]
     levels = np.full((3, n_channels), settings.pop('level', 7.0))
     fitted = rg.Fit(measured(rg.make_points([(0, 0), (1, 0), (0, 1)]), levels), Drawn(background))
-    return rg.Correction(fitted, np.zeros(n_channels) + sky, image.dtype, rg.Settings(**settings), [])
+    return rg.Correction(fitted, np.zeros(n_channels) + sky, rg.as_picture(image), rg.Settings(**settings), [])
 
 
 def correct(image, shift, method='subtract', sky=0.0, dither=False):

@@ -133,8 +133,6 @@ def test_stretch_levels_the_sky(dtype):
 
 
 def test_stretch_refuses_what_it_cannot_keep():
-    with pytest.raises(rg.RmgradientError, match='1.0 for white, but there are values up to 1.5'):
-        correct(np.full((1, 1, 1), 1.5), np.zeros((1, 1, 1)), 'stretch')
     with pytest.raises(rg.RmgradientError, match='can not keep white, 255, where the background is 255'):
         correct(np.zeros((1, 1, 1), np.uint8), np.full((1, 1, 1), 255.0), 'stretch')
     nan = correct(np.full((1, 1, 1), np.nan), np.zeros((1, 1, 1)), 'stretch')
@@ -230,17 +228,40 @@ def test_no_data_stays_as_it_is(dtype, method):
         assert (rg.remove_gradient(sky, points, sigma=sigma, method=method, sky=whole.max() // 2)[40, 60] != 0).any()
 
 
-def test_rows_without_data_begin_at_the_borders():
-    for dtype in ('u2', 'f4'):
-        for n_channels in (1, 3):
-            sky, empty, _ = with_border(dtype, n_channels)
-            found = rg.no_data(sky)
-            if n_channels == 1:
-                assert found[50, 0] == (sky[50, 0, 0] == 0)
-                found[50, 0] = False
-            assert_array_equal(found, empty)
-    assert rg.no_data(np.zeros((2, 5, 3))).all()
-    assert not rg.no_data(np.ones((2, 5, 3))).any()
+@pytest.mark.parametrize('rows', [1, 7, 100])
+def test_single_black_pixels_at_the_border_are_data(rows):
+    """But a black column is none, in whatever groups of rows it is read."""
+    sky, _ = draw()
+    black = np.zeros(sky.shape[:2], bool)
+    black[20:61, -1] = black[33:35, 0] = True
+    sky[black] = sky[70, 0] = sky[10, -1] = sky[69, -1] = 0
+    corrected = rg.remove_gradient(sky, [(30, 30), (60, 26), (80, 45), (40, 60)], rows=rows, sky=20000)
+    assert_array_equal((corrected == 0).all(axis=2), black)
+
+
+def test_no_data_inside_of_the_frame_stays():
+    """Gaps of a mosaic; short black rows are data."""
+    sky, _ = draw(height=200, width=300)
+    sky[90:120, 140:190] = sky[:40, 200:260] = 0
+    sky[150:160, 100:120] = 0
+    corrected = rg.remove_gradient(sky, 'auto', sky=20000)
+    assert not corrected[90:120, 140:190].any()
+    assert not corrected[:40, 200:260].any()
+    assert (corrected[150:160, 100:120] > 0).all()
+
+
+def test_what_stays_does_not_count_as_black(cli):
+    sky = np.dstack([cli.sky, np.full((90, 120), 65535, np.uint16)])
+    sky[60:, :, :3] = 30  # land
+    sky[60:, :, 3] = 0
+    tifffile.imwrite('sky.tif', sky, photometric='rgb', extrasamples=['unassalpha'])
+    points = ['-p', *'30 26 60 30 90 26 75 35 45 33'.split()]
+    assert cli(points=points) == 0
+    assert 'became black' not in cli.stderr
+    assert_array_equal(tifffile.imread('out.tif')[60:], sky[60:])
+    assert (tifffile.imread('out.tif')[:60, :, :3] != sky[:60, :, :3]).any()
+    assert cli('-m', '0.1', '--overwrite', points=points) == 0  # the classic way does not know of transparency
+    assert (tifffile.imread('out.tif')[60:, :, :3] != 30).any()
 
 
 def test_classic_way_knows_no_borders():

@@ -281,7 +281,7 @@ def test_zoom_shows_the_pixels(sky):
     left, right, bottom, top = shown.get_extent()
     assert shown.get_array().shape[:2] == (101, 201)
     assert (left, right, bottom, top) == (999.5, 1200.5, 1100.5, 999.5)
-    whole, _ = rg.read_binned(rg.as_picture(large), n=700)
+    whole = rg.read_binned(rg.as_picture(large), n=700).values
     expected = rg.stretch_midtones(large[1000:1101, 1000:1201].astype(float), whole)
     assert_allclose(shown.get_array(), 255 * expected, atol=1)
     plt.close('all')
@@ -289,17 +289,32 @@ def test_zoom_shows_the_pixels(sky):
 
 def test_only_new_levels_are_measured_and_one_refit_waits(hand, monkeypatch):
     hand.set(PLACES)
-    measured, real, started = [], rg.measure_levels, []
+    measured, real, started = [], rg.measure_window, []
 
-    def watch(image, points, sigma):
-        measured.append(len(points.x))
-        return real(image, points, sigma)
-    monkeypatch.setattr(rg, 'measure_levels', watch)
+    def watch(picture, place, *more):
+        measured.append(place)
+        return real(picture, place, *more)
+    monkeypatch.setattr(rg, 'measure_window', watch)
     monkeypatch.setattr(hand.editor.timer, 'start', lambda: started.append(1))
     hand.drag((120, 200), *((120 + i, 200) for i in range(1, 50)))
-    assert measured == [1]  # at the end; the fifty steps between only set the timer anew
+    assert measured == [(169, 200)]  # at the end; the fifty steps between only set the timer anew
     assert len(started) >= 49
     assert hand.editor.timer.single_shot
+
+
+def test_masked_areas_are_shown(sky):
+    matplotlib.use('Agg')
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[100:250, 250:500] = True
+    picture = rg.as_picture(sky, mask)
+    picture.path = 'sky.tif'
+    editor = rg.Editor(picture, [*PLACES, (400, 200)], rg.Settings(), None)
+    shown = editor.left.images[0].get_array().astype(int)
+    plain = 255 * rg.stretch_midtones(sky.astype(float))
+    tinted = np.abs(shown - plain).max(axis=2) > 20
+    assert_array_equal(tinted, mask)
+    assert editor.unusable == {7: 'is in the mask; move it, or change the mask'}
+    plt.close('all')
 
 
 def test_gray_pictures_and_other_methods(sky):

@@ -100,8 +100,11 @@ def test_nan_stays_and_is_no_data(run):
     points = [(90, 26), (90, 63), (37, 65), (60, 65)]
     out = run(points=['-p', *words(points)])
     assert_array_equal(np.isnan(out), np.isnan(planes(sky)))
-    run.cli.fails('-i', 'sky.fits', '-o', 'x.fits', points=['-p', *words(points), '30', '30'], match='(30, 30) has')
-    run.cli.fails('-i', 'sky.fits', '-o', 'x.fits', points=['-p', *words(points), '60', '40'], match='NaN or infinite')
+    run.cli.fails('-i', 'sky.fits', '-o', 'x.fits', points=['-p', *words([*points, (8, 60)])], match='border')
+    sky[:, :40] = np.nan
+    fits.writeto('sky.fits', planes(sky), overwrite=True)
+    run.cli.fails('-i', 'sky.fits', '-o', 'x.fits', points=['-p', *words(points)],
+                  match='point (37, 65) has data at only 38 % of what is averaged within 24 pixels')
 
 
 @pytest.mark.parametrize(('dtype', 'blank'), [('i2', -32768), ('u2', 32767), ('i4', 7), ('u1', 255)])
@@ -110,7 +113,7 @@ def test_blank_stays_and_is_no_data(run, dtype, blank):
     sky, _ = draw(n_channels=1, dtype=np.dtype(dtype))
     value = blank + (2**15 if dtype == 'u2' else 0)
     sky //= 1 if dtype == 'u1' else 32
-    hole = np.zeros(sky.shape, bool)
+    hole = np.zeros(sky.shape[:2], bool)
     hole[:, -10:], hole[:5, :5] = True, True
     sky[hole] = value
     primary = fits.PrimaryHDU(planes(sky))
@@ -119,9 +122,10 @@ def test_blank_stays_and_is_no_data(run, dtype, blank):
     points = ['-p', *words([(30, 30), (60, 60), (80, 30), (30, 60)])]
     assert run.cli('-i', 'sky.fits', '-o', 'out.fits', '--sky', str(0 if dtype == 'i4' else 100), points=points) == 0
     raw = fits.getdata('out.fits', do_not_scale_image_data=True)
-    assert_array_equal(raw == blank, planes(hole))  # no other pixel became it
+    assert_array_equal(raw == blank, hole)  # no other pixel became it
     assert fits.getheader('out.fits')['BLANK'] == blank
-    run.cli.fails('-i', 'sky.fits', '-o', 'x.fits', points=[*points, '87', '60'], match='without data within 24')
+    with rg.open_picture('sky.fits') as image:
+        assert_array_equal(image.usable(slice(0, 90), slice(0, 120))[1], ~hole)
     if dtype == 'i2':
         with rg.open_picture('sky.fits') as image:
             places = rg.find_quiet_places(image, 15, 2.0)
@@ -239,7 +243,7 @@ def test_values_that_are_undefined_or_records(run):
     (run.cli.folder / 'sky.fits').write_bytes(header('BLANK   =', **PRIMARY) + DATA)
     run()
     refused(run, header('NAXIS   =', **{**PRIMARY, 'NAXIS': ''}) + DATA, 'NAXIS is None, not a whole number')
-    refused(run, header("BZERO   = 'A: 0'", **PRIMARY) + DATA, "BZERO A: 0")
+    refused(run, header("BZERO   = 'A: 0'", **PRIMARY) + DATA, "BZERO is 'A: 0', not a number")
 
 
 def test_other_extensions_are_copied(run):
@@ -305,8 +309,8 @@ def refused(run, content, match, out='x.fits', **more):
     ({'NAXIS': '1'}, 'no picture in it'), ({'NAXIS': '0'}, 'no picture in it'), ({'NAXIS1': '0'}, 'no picture in it'),
     ({'NAXIS': '3', 'NAXIS3': '0'}, 'no picture in it'),
     ({'NAXIS1': '0', 'GROUPS': 'T'}, 'random groups'),
-    ({'BSCALE': '0'}, 'scaled by BSCALE 0 and BZERO 0'), ({'BSCALE': '0.5', 'BZERO': '3'}, 'scaled by BSCALE 0.5'),
-    ({'BZERO': '1'}, 'BZERO 1;'), ({'BSCALE': "'one'"}, 'BSCALE one'), ({'BZERO': 'T'}, 'scaled'),
+    ({'BSCALE': '0'}, 'damaged: BSCALE is 0'), ({'BSCALE': "'one'"}, "damaged: BSCALE is 'one', not a number"),
+    ({'BZERO': 'T'}, 'damaged: BZERO is True'), ({'BZERO': '1E999'}, 'damaged: BZERO is inf'),
     ({'BITPIX': '17'}, 'damaged: BITPIX is 17'), ({'BITPIX': "'16'"}, "damaged: BITPIX is '16', not a whole number"),
     ({'BITPIX': '16.5'}, 'damaged: BITPIX is 16.5'), ({'NAXIS': '1000'}, 'damaged'), ({'NAXIS': '-1'}, 'damaged'),
     ({'NAXIS1': '-120'}, 'damaged: negative sizes'), ({'NAXIS2': '900000000000'}, 'damaged: its data end at byte'),
@@ -348,13 +352,142 @@ def test_random_damage_is_never_a_traceback(run):
         assert run.cli.stderr.count('error: ') <= 1
 
 
-def test_packed_files_are_named(run):
-    sky, _ = draw()
-    fits.writeto('sky.fits', planes(sky))
-    content = (run.cli.folder / 'sky.fits').read_bytes()
-    refused(run, gzip.compress(content), 'compressed by gzip; unpack it: gunzip bad.fits')
-    fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(planes(sky)[0])]).writeto('packed.fits')
-    refused(run, (run.cli.folder / 'packed.fits').read_bytes(), 'compressed by fpack; unpack it with funpack')
+def unpacked_and_packed(folder, sky):
+    """Write a FITS file, and the same packed by gzip and by fpack's compression."""
+    fits.writeto('plain.fits', sky)
+    (folder / 'zipped.fits.gz').write_bytes(gzip.compress((folder / 'plain.fits').read_bytes()))
+    image = fits.CompImageHDU(sky, fits.Header([('OBJECT', "M42's")]), compression_type='RICE_1')
+    fits.HDUList([fits.PrimaryHDU(), image]).writeto('packed.fits.fz')
+
+
+@pytest.mark.parametrize('n_channels', [1, 3])
+@pytest.mark.parametrize('dtype', ['u2', 'i2', 'i4', 'u1'])
+def test_packed_files_are_read(run, dtype, n_channels):
+    sky, _ = draw(n_channels=n_channels, dtype=np.dtype(dtype))
+    unpacked_and_packed(run.cli.folder, planes(sky))
+    for name in ('plain.fits', 'zipped.fits.gz', 'packed.fits.fz'):
+        assert run.cli('-i', name, '-o', f'of_{name[:5]}.fits') == 0, run.cli.stderr
+        assert_array_equal(fits.getdata(f'of_{name[:5]}.fits'), fits.getdata('of_plain.fits'))
+    assert fits.getheader('of_packe.fits')['OBJECT'] == "M42's"
+    with fits.open('of_packe.fits') as hdus:
+        hdus.verify('exception')
+
+
+def test_names_of_unpacked_outputs(run):
+    unpacked_and_packed(run.cli.folder, planes(draw()[0])[0])
+    for name in ('zipped.fits.gz', 'packed.fits.fz'):
+        run.cli.fails('-i', name, '-o', 'out' + name[6:], match='is written as FITS, not compressed FITS; name it')
+    (run.cli.folder / 'out').mkdir()
+    (run.cli.folder / 'packed.fits.fz').rename(run.cli.folder / 'packed.fz')
+    assert run.cli('-i', 'zipped.fits.gz', 'packed.fz', '-o', 'out') == 0
+    assert sorted(path.name for path in (run.cli.folder / 'out').iterdir()) == ['packed.fits', 'zipped.fits']
+
+
+def test_packed_files_that_lie_or_are_none(run):
+    sky = planes(draw()[0])[0]
+    unpacked_and_packed(run.cli.folder, sky)
+    good = (run.cli.folder / 'zipped.fits.gz').read_bytes()
+    refused(run, good[:-3000], 'damaged: it can not be unpacked')
+    refused(run, good[:3000] + bytes(200) + good[3200:], 'damaged: it can not be unpacked')
+    refused(run, gzip.compress(b'text'), 'a gzip file that has no FITS file in it; unpack it: gunzip bad.fits')
+    refused(run, gzip.compress(bytes(10**8)), 'a gzip file that has no FITS file in it')
+    packed = (run.cli.folder / 'packed.fits.fz').read_bytes()
+    for old, new, match in ((b'ZNAXIS1 =                  120', b'ZNAXIS1 =           1200000000', 'packed into'),
+                            (b'ZNAXIS2 =                   90', b'ZNAXIS2 =                  900', 'damaged'),
+                            (b"ZCMPTYPE= 'RICE_1", b"ZCMPTYPE= 'RICE_7", 'damaged')):
+        assert old in packed
+        refused(run, packed.replace(old, new), match)
+
+
+def test_packed_files_without_astropy(run, monkeypatch):
+    unpacked_and_packed(run.cli.folder, planes(draw()[0])[0])
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'astropy']:
+        monkeypatch.delitem(sys.modules, name)
+
+    class Finder:
+        def find_spec(self, name, *_):
+            if name.startswith('astropy'):
+                raise ModuleNotFoundError('no', name='astropy')
+    monkeypatch.setattr(sys, 'meta_path', [Finder(), *sys.meta_path])
+    run.cli.fails('-i', 'packed.fits.fz', '-o', 'x.fits', match='packed.fits.fz: astropy is missing; run: python')
+    assert run.cli('-i', 'zipped.fits.gz', '-o', 'x.fits') == 0
+
+
+@pytest.mark.parametrize(('dtype', 'scale', 'zero'), [('i2', 0.02, 400.0), ('i2', -0.5, 9000.0), ('u1', 3.0, -20.0),
+                                                      ('i4', 1.0, 7.0), ('f4', 0.5, 10.0), ('u1', -2.0, 600.0)])
+def test_scaled_values(run, dtype, scale, zero):
+    """Stored values are corrected; levels, division and limits are in physical units."""
+    y, x = np.mgrid[:90, :120]
+    sky = 200 + 1.5 * x + np.random.default_rng(1).normal(0, 3, x.shape)
+    stored = (sky - zero) / scale
+    stored = (stored if dtype == 'f4' else np.rint(stored)).astype(dtype)
+    stored[5, 5] = blank = 17
+    hdu = fits.PrimaryHDU(stored)
+    hdu.header['BSCALE'], hdu.header['BZERO'] = scale, zero
+    if dtype != 'f4':
+        hdu.header['BLANK'] = blank
+    hdu.writeto('sky.fits')
+    physical = stored * float(scale) + zero
+    points = ['-p', *words([(30, 30), (60, 60), (90, 30), (30, 60), (90, 60), (60, 28)])]
+    for options, method in ((['--sky', '300'], 'subtract'), (['--sky', '250', '--divide'], 'divide')):
+        assert run.cli('-i', 'sky.fits', '-o', 'out.fits', '-b', 'b.fits', *options, '--overwrite', points=points) == 0
+        assert f'the sky is level at {options[1]}' in run.cli.stderr
+        raw, background = (fits.getdata(name, do_not_scale_image_data=True).astype(float)
+                           for name in ('out.fits', 'b.fits'))
+        out, background = raw * scale + zero, background * scale + zero
+        expected = physical - (background - 300) if method == 'subtract' else physical * 250 / background
+        off = np.abs(out - expected)[np.indices(out.shape).sum(axis=0) != 10]
+        # Rounding of the output, and of the background that is compared with, which counts twice to divide.
+        assert off.max() <= (1e-3 if dtype == 'f4' else 1.6 * abs(scale))
+        assert dtype == 'f4' or raw[5, 5] == blank
+    run.cli.fails('-i', 'sky.fits', '-o', 'x.fits', '--sky', '1e300', points=points, match='a sky level of 1e+300 is')
+
+
+def test_blank_at_the_limit_does_not_hide_what_became_black(run):
+    """Limited to the value beside it, and counted."""
+    for dtype, blank, level, color in (('u2', -32768, 500, 'black'), ('i2', 32767, 32300, 'white')):
+        y, x = np.mgrid[:90, :120]
+        sky = np.rint(1000 + 8.0 * x + np.random.default_rng(1).normal(0, 200, x.shape)).astype(dtype)
+        hdu = fits.PrimaryHDU(sky)
+        hdu.header['BLANK'] = blank
+        hdu.writeto('sky.fits', overwrite=True)
+        points = ['-p', *words([(30, 30), (60, 60), (90, 30), (30, 60)])]
+        assert run.cli('-i', 'sky.fits', '-o', 'out.fits', '--sky', str(level), '--overwrite', points=points) == 0
+        raw = fits.getdata('out.fits', do_not_scale_image_data=True)
+        percent = 100 * (raw == blank + (1 if color == 'black' else -1)).mean()
+        assert f'{percent:.2f} % of the pixels became {color}' in run.cli.stderr
+        assert percent > 0.1
+        assert not (raw == blank).any()
+
+
+def test_picture_with_blank_comes_back_in_its_type(run):
+    sky, _ = draw(n_channels=1)
+    hdu = fits.PrimaryHDU(planes(sky))
+    hdu.header['BLANK'] = 0
+    hdu.writeto('sky.fits')
+    with rg.open_picture('sky.fits') as picture:
+        corrected = rg.remove_gradient(picture, run.cli.points)
+    assert corrected.dtype == np.uint16
+    assert run.cli('-i', 'sky.fits', '-o', 'out.fits') == 0
+    assert_array_equal(planes(corrected), fits.getdata('out.fits'))
+
+
+def test_raw_colors_are_refused(run):
+    """Whose sublattices differ; gray pictures that have the keyword all the same are corrected."""
+    y, x = np.mgrid[:90, :120]
+    rng = np.random.default_rng(1)
+    gray = 1000 + 3.0 * x + rng.normal(0, 12, x.shape)
+    for keyword in ('BAYERPAT', 'COLORTYP', 'CFAPAT'):
+        for color in (0, 30):
+            sky = gray + color * ((x % 2 == 0) & (y % 2 == 0))
+            fits.writeto('sky.fits', np.rint(sky).astype('u2'), fits.Header([(keyword, 'RGGB')]), overwrite=True)
+            if color:
+                run.cli.fails('-i', 'sky.fits', '-o', 'x.fits', match=f'sky.fits: raw colors of a color filter array '
+                              f'({keyword} RGGB): debayer it first')
+            else:
+                assert run.cli('-i', 'sky.fits', '-o', 'out.fits', '--overwrite') == 0
+    fits.writeto('sky.fits', np.rint(sky).astype('u2'), overwrite=True)
+    assert run.cli('-i', 'sky.fits', '-o', 'out.fits', '--overwrite') == 0  # nothing says so
 
 
 @pytest.mark.parametrize(('head', 'match'), [

@@ -77,9 +77,26 @@ def test_background_to_divide_by_is_positive(cli):
 
 
 def test_stretch_of_bright_floats(cli):
-    tifffile.imwrite('sky.tif', cli.sky.astype(np.float32), photometric='rgb')
-    cli.fails('--stretch', match='sky.tif: stretching takes 1.0 for white, but there are values up to')
+    """The true largest value is named, wherever it is; values a little above white, and NaN, are no error."""
+    sky = cli.sky.astype(np.float32)
+    sky[80, 100] = 31000
+    sky[0, 5] = np.inf
+    tifffile.imwrite('sky.tif', sky, photometric='rgb')
+    cli.fails('--stretch', match='sky.tif: there are values up to 31000, and stretching takes 1 for white: '
+                                 'say what white is, for example 65535')
     cli.fails('--stretch', '--divide', status=2, match='not allowed with')
+    cli.fails('--stretch', '--white', '0', status=2, match="'0' is not a number from")
+    assert cli('--stretch', '--white', '65535', '-b', 'b.tif', '-q') == 0
+    out, background = tifffile.imread('out.tif'), tifffile.imread('b.tif')
+    level = rg.find_correction(sky, cli.points).sky
+    expected = level + (sky - background) * (65535 - level) / (65535 - background)
+    np.testing.assert_allclose(out, expected, rtol=1e-5)
+    assert_array_equal(rg.remove_gradient(sky, cli.points, method='stretch', white=65535), out)
+    small = (cli.sky / cli.sky.max() * 1.05).astype(np.float32)
+    assert rg.remove_gradient(small, cli.points, method='stretch').max() > 1
+    with pytest.raises(rg.RmgradientError, match='values up to 1.2') as caught:
+        rg.remove_gradient(small * np.float32(1.2 / 1.05), cli.points, method='stretch')
+    assert '--' not in str(caught.value)
 
 
 def test_sky_of_each_channel():
@@ -149,7 +166,8 @@ def test_examples_of_the_documentation(tmp_path, monkeypatch):
     ({'smooth': -1}, "smoothness -1 is neither a number from 0 on nor 'auto'"), ({'smooth': 'none'}, 'smoothness'),
     ({'smooth': np.nan}, 'smoothness nan'), ({'sigma': 'x'}, "a blur of sigma 'x'"), ({'sky': -1}, 'sky level of -1'),
     ({'rows': 0}, 'rows are 0'), ({'rows': 2.5}, 'rows are 2.5'),
-    ({'image': np.ma.masked_less(draw()[0], 10)}, r'an image with a mask would lose it; pass image.filled\(np.nan\)'),
+    ({'mask': np.zeros((90, 100))}, r'a mask of shape \(90, 100\) does not suit a picture of 90 x 120 pixels'),
+    ({'white': -1}, 'white is -1, not a number above 0'),
     ({'image': np.moveaxis(draw()[0], 2, 0)}, r'channels first; pass np.moveaxis\(image, 0, -1\)')])
 def test_options_are_checked(arguments, match):
     with pytest.raises(rg.RmgradientError, match=match) as caught:
@@ -157,10 +175,57 @@ def test_options_are_checked(arguments, match):
     assert '--' not in str(caught.value)
 
 
-def test_ccd_data_are_refused():
-    nddata = pytest.importorskip('astropy.nddata')
+def masked_sky():
+    """Return a sky with a bright nebula over a point, and where the nebula is."""
+    sky, background = draw(height=200, width=300, noise=5.0)
+    y, x = np.mgrid[0:200, 0:300]
+    nebula = (x - 150) ** 2 + (y - 100) ** 2 < 50**2
+    sky[nebula] += 5000
+    return sky, background, nebula
+
+
+def test_what_is_masked_is_not_measured_but_corrected():
+    sky, background, nebula = masked_sky()
+    chosen = rg.find_correction(sky, 'auto', mask=nebula)
+    x, y = chosen.points.x, chosen.points.y
+    assert not nebula[y, x].any()
+    corrected = chosen.apply(sky)
+    expected = sky - (background - chosen.sky)
+    # The levels are good to a count, and the slope of the background to two over the frame; integers are rounded.
+    assert np.abs(corrected - expected).max() < 5
+    with pytest.raises(rg.RmgradientError, match=r'point \(150, 100\) is in the mask; move it, or change the mask'):
+        rg.remove_gradient(sky, [(40, 40), (250, 40), (150, 100)], mask=nebula)
+    # Points next to the mask are measured on what is not masked.
+    places = [(40, 40), (250, 40), (40, 160), (250, 160), (210, 100), (90, 100)]
+    near = rg.measure_levels(rg.as_picture(sky, nebula), rg.make_points(places))
+    assert np.abs(near.levels - background[near.points.y, near.points.x]).max() < 20  # its middle is off by 3 pixels
+
+
+@pytest.mark.parametrize('kind', ['ma', 'ma of one channel', 'CCDData'])
+def test_masks_that_pictures_have(kind):
+    sky, _, nebula = masked_sky()
+    if kind == 'CCDData':
+        nddata = pytest.importorskip('astropy.nddata')
+        image = nddata.CCDData(sky, unit='adu', mask=np.repeat(nebula[..., None], 3, axis=2))
+    else:
+        mask = np.repeat(nebula[..., None], 3, axis=2)
+        mask[..., 1:] &= kind == 'ma'
+        image = np.ma.array(sky, mask=mask)
+    expected = rg.remove_gradient(sky, 'auto', mask=nebula)
+    corrected = rg.remove_gradient(image, 'auto')
+    assert_array_equal(np.asarray(corrected), expected)
+    if kind != 'CCDData':
+        assert_array_equal(corrected.mask, image.mask)
+    other = np.zeros_like(nebula)
+    other[:50] = True
+    both = rg.find_correction(image, 'auto', mask=other).points
+    assert not (nebula | other)[both.y, both.x].any()
+
+
+def test_units_are_refused():
+    units = pytest.importorskip('astropy.units')
     with pytest.raises(rg.RmgradientError, match='an image with a unit would lose it; pass the values alone'):
-        rg.remove_gradient(nddata.CCDData(draw()[0], unit='adu'), scatter())
+        rg.remove_gradient(draw()[0] * units.adu, scatter())
 
 
 def test_gray_arrays_everywhere():

@@ -10,7 +10,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-from helpers import draw, posix
+from helpers import draw, posix, words
 from numpy.testing import assert_allclose, assert_array_equal
 from tiff_files import HEIGHT, WIDTH, gray_tags, read_tags, write_rich, write_tiff
 
@@ -429,3 +429,59 @@ def test_pages_in_any_order_and_in_a_circle(cli):
         assert cli('-i', 'two.tif', '--overwrite') == 0
         assert 'only the first of 2 pages is corrected, 1 is left out' in cli.stderr
         assert 'damaged' not in cli.stderr
+
+
+@pytest.mark.parametrize('extra', [(), ('unassalpha',)])
+def test_bands_without_a_kind_of_color_are_all_colors(cli, extra):
+    """As GDAL and rasterio write them: gray, with unspecified extra samples."""
+    samples = np.dstack([cli.sky[..., ::-1], *[np.full((90, 120), 65535, np.uint16)] * len(extra)])
+    tifffile.imwrite('bands.tif', samples, photometric='minisblack', planarconfig='contig', metadata=None,
+                     extrasamples=['unspecified', 'unspecified', *extra])
+    assert cli('-i', 'bands.tif', '-b', 'b.tif', '--preview', 'p.png') == 0
+    expected = rg.remove_gradient(cli.sky[..., ::-1], cli.points)
+    assert_array_equal(tifffile.imread('out.tif')[..., :3], expected)
+    assert_array_equal(tifffile.imread('out.tif')[..., 3:], samples[..., 3:])
+    for name in ('out.tif', 'b.tif'):
+        with tifffile.TiffFile(name) as file:
+            page = file.pages.first
+            assert page.photometric == 1
+            assert page.samplesperpixel == len(page.extrasamples) + 1 == (3 if name == 'b.tif' else samples.shape[2])
+    four = np.dstack([cli.sky, cli.sky[..., 0]])
+    tifffile.imwrite('four.tif', four.transpose(2, 0, 1), photometric='minisblack', planarconfig='separate',
+                     metadata=None)
+    assert cli('-i', 'four.tif', '-o', 'four_out.tif', '--preview', 'p.png', '--overwrite') == 0
+    assert_array_equal(tifffile.imread('four_out.tif').reshape(90, 120, -1).shape, four.shape)
+
+
+@pytest.mark.parametrize(('dtype', 'nodata'), [('u2', '17'), ('f4', '-9999'), ('i2', '-32768 ')])
+def test_nodata_of_gdal_is_no_data(cli, dtype, nodata):
+    sky = (cli.sky // 3).astype(dtype)
+    hole = np.zeros((90, 120), bool)
+    hole[:, 100:] = hole[40:44, 60:64] = True
+    sky[hole] = float(nodata)
+    tifffile.imwrite('sky.tif', sky, photometric='rgb', metadata=None, extratags=[(42113, 's', 0, nodata, True)])
+    places = [(30, 30), (60, 60), (85, 30), (30, 60)]
+    assert cli(points=['-p', *words(places)]) == 0
+    out = tifffile.imread('out.tif')
+    assert_array_equal((out == float(nodata)).all(axis=2), hole)
+    with rg.open_picture('sky.tif') as picture:
+        assert_array_equal(picture.usable(slice(0, 90), slice(0, 120))[1], ~hole)
+    for odd in ('none', '1e99', '0.5' if dtype != 'f4' else 'nan'):
+        tifffile.imwrite('odd.tif', cli.sky.astype(dtype), photometric='rgb', metadata=None,
+                         extratags=[(42113, 's', 0, odd, True)])
+        with rg.open_picture('odd.tif') as picture:
+            assert picture.blank is None
+
+
+def test_associated_alpha_that_is_opaque_everywhere(cli):
+    for least, good in ((65535, True), (65534, False)):
+        alpha = np.full((90, 120), 65535, np.uint16)
+        alpha[70, 3] = least
+        tifffile.imwrite('alpha.tif', np.dstack([cli.sky, alpha]), photometric='rgb', extrasamples=['assocalpha'])
+        if good:
+            assert cli('-i', 'alpha.tif') == 0
+            assert_array_equal(tifffile.imread('out.tif')[..., :3], rg.remove_gradient(cli.sky, cli.points))
+            with tifffile.TiffFile('out.tif') as file:
+                assert file.pages.first.extrasamples == (1,)
+        else:
+            cli.fails('-i', 'alpha.tif', '-o', 'x.tif', match='alpha.tif: colors are multiplied by alpha')
