@@ -708,6 +708,13 @@ def without_trend(values, terms):
     return values - terms @ (terms.T @ values)
 
 
+def medians(values):
+    """Return the median of each row of finite values, in half of the time of numpy's."""
+    n = values.shape[1]
+    middle = np.partition(values, [(n - 1) // 2, n // 2], axis=1)
+    return (middle[:, (n - 1) // 2] + middle[:, n // 2]) / 2
+
+
 def blur_kernel(sigma):
     """Return the (2 * radius + 1,) weights, of sum 1, of a Gaussian cut off at radius = ceil(3 sigma)."""
     radius = math.ceil(3 * sigma)
@@ -829,9 +836,9 @@ def _robust_window(picture, rows, columns, kernel):
     if share < LEAST_SHARE:
         return share, None
     values = np.ascontiguousarray(np.where(usable[..., None], values, 0).transpose(2, 0, 1), float)
-    data = values[:, usable]
-    median = np.median(data, axis=1)[:, None, None]
-    reach = CLIP * 1.4826 * np.median(np.abs(data - median[..., 0]), axis=1)[:, None, None]
+    data = values.reshape(len(values), -1) if usable.all() else values[:, usable]
+    median = medians(data)[:, None]
+    reach, median = CLIP * 1.4826 * medians(np.abs(data - median))[:, None, None], median[..., None]
     # More than half of the pixels of drawn pictures are the same: no outlier can be told.
     kept = usable & ((np.abs(values - median) <= reach) | (reach == 0))
     weights = weights * kept
@@ -2165,10 +2172,11 @@ class Correction:
                 if self.settings.method == 'stretch':
                     self.check_white(shift)
                 after = self.leveled(before, shift)
-                after = to_range(after, dtype, noise[rows, columns] if self.settings.dither else None)
+                after, is_limited = to_range(after, dtype, noise[rows, columns] if self.settings.dither else None)
                 if picture.blank is not None:
                     after = np.where(before == picture.blank, before, after)
-                n_limited += newly_limited(before, after, dtype, untouched[rows, columns])
+                if is_limited:
+                    n_limited += newly_limited(before, after, dtype, untouched[rows, columns])
                 before[...] = after
         strip[untouched] = kept
         return strip, n_limited
@@ -2201,7 +2209,8 @@ class Correction:
         noise = self.dither_noise(1, start, background.shape) if self.settings.dither else None
         n_unfit = count_unfit(background, picture.dtype)
         with np.errstate(over='ignore'):  # a huge value becomes infinite
-            return to_range(background, (picture.dtype, picture.blank), noise).astype(picture.dtype), n_unfit
+            background, _ = to_range(background, (picture.dtype, picture.blank), noise)
+            return background.astype(picture.dtype), n_unfit
 
     def dither_noise(self, stream, start, shape):
         """Return noise for rows from start on, uniform in -0.5 ... 0.5, of the shape (n_rows, width, n_channels).
@@ -2226,17 +2235,22 @@ def range_of(dtype, blank=None):
 def to_range(values, dtype_and_blank, noise=None):
     """Return float64 values that an integer dtype holds: after dither, rounding and limiting; floats as they are.
 
-    None becomes blank, the value that stands for no data. Integers are made in place.
+    None becomes blank, the value that stands for no data. Integers are made in place. Returns the values, and whether
+    some are at the smallest or the largest integer.
     """
     dtype, blank = dtype_and_blank
     if np.dtype(dtype).kind == 'f':
-        return values
+        return values, False
     if noise is not None:
         values += noise
-    np.clip(np.rint(values, out=values), *range_of(dtype, blank), out=values)
+    np.rint(values, out=values)
+    lowest, highest = range_of(dtype, blank)
+    is_limited = values.min() <= lowest or values.max() >= highest
+    if is_limited:  # mostly none is: to look for them takes half of the time of limiting all
+        np.clip(values, lowest, highest, out=values)
     if blank is not None:
         values[values == blank] += 1
-    return values
+    return values, is_limited
 
 
 def newly_limited(before, after, dtype_and_blank, untouched):
@@ -2244,14 +2258,9 @@ def newly_limited(before, after, dtype_and_blank, untouched):
 
     After: float64 values of `to_range`; pixels that are untouched, (n_rows, n_columns), do not count.
     """
-    counts = np.zeros(2, int)
-    if before.dtype.kind in 'ui':
-        lowest, highest = range_of(*dtype_and_blank)
-        if after.min() <= lowest:
-            counts[0] = np.count_nonzero(((after <= lowest) & (before > lowest)).any(axis=2) & ~untouched)
-        if after.max() >= highest:
-            counts[1] = np.count_nonzero(((after >= highest) & (before < highest)).any(axis=2) & ~untouched)
-    return counts
+    lowest, highest = range_of(*dtype_and_blank)
+    return np.array([np.count_nonzero(new.any(axis=2) & ~untouched)
+                     for new in ((after <= lowest) & (before > lowest), (after >= highest) & (before < highest))])
 
 
 def count_unfit(values, dtype):
