@@ -57,6 +57,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import errno
 import functools
@@ -269,6 +270,8 @@ class Settings:
             raise RmgradientError(f'rows are {self.rows!r}, not a whole number above 0')
         if self.method not in METHODS:
             raise RmgradientError(f'method {self.method!r} is none of {", ".join(METHODS)}')
+        if self.auto is not None and not (isinstance(self.auto, numbers.Integral) and self.auto >= 0):
+            raise RmgradientError(f'auto is {self.auto!r}, not a number of cells along the longer side')
         if self.white is not None and not (isinstance(self.white, numbers.Real) and 0 < self.white < math.inf):
             raise RmgradientError(f'white is {self.white!r}, not a number above 0')
         if isinstance(self.sky, str) and self.sky in SKIES or self.sky is None:
@@ -305,6 +308,7 @@ class Points(NamedTuple):
     y: np.ndarray  # (n_points,) int: row
     leader: np.ndarray  # (n_points,) int: index of the point whose level it takes: itself, or the first of its isoline
     sources: tuple = ()  # where each was read, for messages; empty if that is not known
+    least_shape: float = 0.0  # of the adaptive model through them, pixels: see `choose_points`
 
     @property
     def on_isoline(self) -> np.ndarray:
@@ -324,7 +328,8 @@ class Points(NamedTuple):
     def subset(self, kept: np.ndarray) -> Points:
         """Return some of the points, (n_points,) bool; the first kept of an isoline becomes its leader."""
         _, first, group = np.unique(self.leader[kept], return_index=True, return_inverse=True)
-        return Points(self.x[kept], self.y[kept], first[group], tuple(itertools.compress(self.sources, kept)))
+        sources = tuple(itertools.compress(self.sources, kept))
+        return Points(self.x[kept], self.y[kept], first[group], sources, self.least_shape)
 
     def describe(self, indices: Sequence[int]) -> str:
         """Return some of the points in words: the first five, and how many more."""
@@ -544,11 +549,11 @@ class Picture:
     def is_masked(self, rows, columns):
         """Return which pixels of a window are masked, (n_rows, n_columns) bool."""
         values = self.mask.read(rows.start, rows.stop, columns.start, columns.stop)
-        return (values[..., :self.mask.shape[2]] != 0).any(axis=2)
+        return (self.mask.physical(values[..., :self.mask.shape[2]]) != 0).any(axis=2)
 
     def physical(self, values):
         """Return stored values as physical ones."""
-        return self.scale * np.asarray(values) + self.zero
+        return values if (self.scale, self.zero) == (1, 0) else self.scale * np.asarray(values) + self.zero
 
     def each_strip(self, work, rows=ROWS):
         """Yield work(start, stop) for each group of rows, in order."""
@@ -564,11 +569,23 @@ class Picture:
         """Close the file, if there is one."""
 
 
+class Flipped(Picture):
+    """Another picture upside down: FITS counts rows from the bottom, and TIFF from the top."""
+
+    def __init__(self, picture):
+        self._picture, self.path, self.shape, self.n_samples = picture, picture.path, picture.shape, picture.n_samples
+        self.dtype, self.scale, self.zero = picture.dtype, picture.scale, picture.zero
+
+    def read(self, start, stop, left=0, right=None):
+        height = self.shape[0]
+        return self._picture.read(height - stop, height - start, left, right)[::-1]
+
+
 class ArrayPicture(Picture):
     """A (height, width) or (height, width, n_channels) array; all channels are colors."""
 
     def __init__(self, array):
-        self._array = array if array.ndim == 3 else array[..., None]
+        self._array, self.has_channels = array if array.ndim == 3 else array[..., None], array.ndim == 3
         self.shape, self.n_samples = self._array.shape, self._array.shape[2]
         self.dtype = array.dtype.newbyteorder('=')
 
@@ -592,7 +609,10 @@ def as_picture(image: ArrayLike | Picture, mask: ArrayLike | None = None) -> Pic
     else:
         if getattr(image, 'unit', None) is not None:
             raise RmgradientError('an image with a unit would lose it; pass the values alone')
-        array = np.asarray(image)
+        try:
+            array = np.asarray(image)
+        except ValueError as error:
+            raise RmgradientError('rows of different lengths are not a picture') from error
         if array.dtype.kind not in 'uif' or array.ndim not in (2, 3) or not array.size:
             raise RmgradientError(f'an array of {array.dtype} of shape {array.shape} is not a picture; '
                                   'open_picture opens a file')
@@ -600,13 +620,16 @@ def as_picture(image: ArrayLike | Picture, mask: ArrayLike | None = None) -> Pic
             raise RmgradientError(f'an array of shape {array.shape} has its channels first; '
                                   'pass np.moveaxis(image, 0, -1)')
         picture = ArrayPicture(array)
-    masks = [np.asarray(each) for each in (own, mask) if each is not None]
+    if isinstance(mask, Picture):
+        mask = mask.physical(mask[0:mask.shape[0], 0:mask.shape[1]]) != 0
+    masks = [np.asarray(each) for each in (own, mask) if each is not None and each is not np.ma.nomask]
     for i, each in enumerate(masks):
         if each.shape[:2] != picture.shape[:2] or each.ndim not in (2, 3):
             raise RmgradientError(f'a mask of shape {each.shape} does not suit a picture of {picture.shape[0]} x '
                                   f'{picture.shape[1]} pixels')
         masks[i] = each.reshape(*each.shape[:2], -1).astype(bool).any(axis=2)
     if masks:
+        picture = copy.copy(picture)  # the caller's has no mask
         picture.mask = ArrayPicture(np.any(masks, axis=0))
     return picture
 
@@ -624,16 +647,17 @@ def is_color_mosaic(picture):
     """
     height, width, _ = picture.shape
     differences, side = [], min(32, height // 2 * 2, width // 2 * 2)
-    for y in np.linspace(0, height - side, 8).astype(int):
+    for y in np.linspace(0, height - side, 8).astype(int) if side else ():
         values, usable = picture.usable(slice(y, y + side), slice(0, width))
         values = np.where(usable, values[..., 0], np.nan)
         for x in np.linspace(0, width - side, 8).astype(int):
             block = values[:, x:x + side]
-            if side and np.isfinite(block).all():
-                lattices = np.stack([block[i::2, j::2].ravel() for i in range(2) for j in range(2)])
-                medians = np.median(lattices, axis=1)
-                error = 1.2533 * np.median(robust_std((lattices - medians[:, None]).T)) / math.sqrt(lattices.shape[1])
-                error = max(error, 0.3 if picture.dtype.kind in 'ui' else TINY)  # of rounding
+            lattices = [block[i::2, j::2].ravel() for i in range(2) for j in range(2)]
+            lattices = [lattice[np.isfinite(lattice)] for lattice in lattices]
+            if min(map(len, lattices)) >= side * side / 8:
+                medians = [np.median(lattice) for lattice in lattices]
+                scatter = np.median([robust_std(lattice - np.median(lattice)) for lattice in lattices])
+                error = max(1.2533 * scatter / math.sqrt(side * side / 4), 0.3 if picture.dtype.kind in 'ui' else TINY)
                 differences.append(np.ptp(medians) / error)
     return bool(differences) and np.median(differences) > MOSAIC
 
@@ -730,15 +754,15 @@ class Window(NamedTuple):
     by_blocks: np.ndarray  # the same, as the scatter of blocks of pixels tells; 0 if that is not known
 
 
-def measure_levels(image: ArrayLike | Picture, points: Points, sigma: float = SIGMA,
+def measure_levels(image: ArrayLike | Picture, points: ArrayLike | Points, sigma: float = SIGMA,
                    robust: bool = True) -> Measured:
     """Measure the blurred value of each channel at each point.
 
     Parameters
     ----------
-    image : (height, width, n_channels) or (height, width) array_like, or a Picture
+    image : (height, width, n_channels) or (height, width) array_like, also with a mask, or a Picture
         Only the windows around the points are read, from top to bottom.
-    points : Points
+    points : Points, or (n_points, 2) array_like, see `make_points`
     sigma : float
         Standard deviation of the Gaussian blur in pixels; see `blur_kernel`.
     robust : bool
@@ -757,6 +781,7 @@ def measure_levels(image: ArrayLike | Picture, points: Points, sigma: float = SI
         less than half of its weight on usable pixels.
     """
     picture, kernel = as_picture(image), blur_kernel(Settings(sigma=sigma).sigma)
+    points = points if isinstance(points, Points) else make_points(points)
     check_points(points, *picture.shape[:2], len(kernel) // 2)
     windows = {}
     for i in np.lexsort([points.x, points.y]):
@@ -950,11 +975,12 @@ class _Spectrum(NamedTuple):
     vectors: np.ndarray  # (n_points, n_points - 1)
 
 
-def choose_model(centers, levels, leader):
+def choose_model(centers, levels, leader, least_shape=0.0):
     """Choose the trend, shape and smoothness that predict levels best where there are none, and solve the model.
 
     Takes (n_points, 2) centers, (n_points, n_channels) levels and the leader of each, equal for points that
-    share a level; returns one AdaptiveModel for all channels, so that colors stay together.
+    share a level; returns one AdaptiveModel for all channels, so that colors stay together. With a least shape, in
+    pixels, the surface is stiff.
 
     With trend P and kernel matrix A of the multiquadric, weights w and trend b solve `(A - smooth) w + P b =
     levels` under `P' w = 0`: the trend takes all it can, and what is left to the multiquadric is a well-posed
@@ -972,17 +998,19 @@ def choose_model(centers, levels, leader):
     scale = levels.std(axis=0) + rounding + TINY
     # Three places can't judge a plane: it goes through all of them, without an error, and is chosen.
     with one_blas_thread():
-        return min(_likeliest_of_each_trend(centers, levels, leader, rounding),
+        return min(_likeliest_of_each_trend((centers, levels, leader), rounding, least_shape),
                    key=lambda model: ((model.errors / scale) ** 2).mean())
 
 
-def _likeliest_of_each_trend(centers, levels, leader, rounding):
+def _likeliest_of_each_trend(problem, rounding, least_shape):
     """Return an AdaptiveModel for each trend; residuals below the rounding error of a channel count as zero.
 
     In the eigenvectors of -A at right angles to the mean, every smoothness and every trend cost a few sums:
     one decomposition a shape serves them all.
     """
+    centers, levels, _ = problem
     distances, spacing = distances_between(centers, centers), average_spacing(centers)
+    shapes = np.maximum(SHAPES * spacing, SHAPES**0.5 * least_shape)
     # Above n_points / 3 the largest eigenvalue of A, n_points or more, is too close to smooth: A - smooth
     # is singular.
     smoothness = SMOOTHNESS[len(distances) / 3 >= SMOOTHNESS]
@@ -999,12 +1027,12 @@ def _likeliest_of_each_trend(centers, levels, leader, rounding):
         return spectrum, [_likeliest(spectrum, smoothness, trend) for trend in trends]
 
     # Without residuals every shape and smoothness is the same.
-    nothing = _Spectrum(spacing, np.zeros(len(centers) - 1), np.zeros((len(centers), len(centers) - 1)))
+    nothing = _Spectrum(shapes[0], np.zeros(len(centers) - 1), np.zeros((len(centers), len(centers) - 1)))
     best = [(math.inf, 1.0, nothing) for _ in trends]
     if any(trend.is_rough.any() for trend in trends):
-        for spectrum, judged in in_two_threads(judge, SHAPES * spacing):
+        for spectrum, judged in in_two_threads(judge, shapes):
             best = [min(so_far, (*each, spectrum), key=lambda one: one[0]) for so_far, each in zip(best, judged)]
-    return [_solve((centers, levels, leader), trend, *choice) for trend, (_, *choice) in zip(trends, best)]
+    return [_solve(problem, trend, *choice) for trend, (_, *choice) in zip(trends, best)]
 
 
 def _decompose(kernel, epsilon):
@@ -1236,7 +1264,7 @@ def fit_background(measured: Measured, smooth: float | str = 'auto') -> Fit:
     """
     points, levels = measured.points, measured.levels
     if Settings(smooth=smooth).smooth == 'auto':
-        adaptive = choose_model(points.centers, levels, points.leader)
+        adaptive = choose_model(points.centers, levels, points.leader, points.least_shape)
         model = BackgroundModel(points.centers, adaptive.weights, adaptive.epsilon, adaptive.plane)
         return Fit(measured, model, adaptive)
     from scipy.interpolate import Rbf  # takes longer to load than most pictures to correct
@@ -1288,7 +1316,7 @@ def find_misfits(fit: Fit) -> list[tuple[int, float]]:
         kept = kept[~np.isin(points.leader[kept], points.leader[[i for i, _ in misfits]])]
         if len(kept) < 4:
             break
-        model = choose_model(points.centers[kept], levels[kept], points.leader[kept])
+        model = choose_model(points.centers[kept], levels[kept], points.leader[kept], points.least_shape)
     return misfits
 
 
@@ -1441,6 +1469,7 @@ def fit_beside_reference(measured: Measured, reference: np.ndarray) -> Fit:
     return fit._replace(measured=background, beside=beside)
 
 
+@np.errstate(over='ignore', divide='ignore', invalid='ignore')  # a constant reference explains nothing
 def _fit_scale(measured, light):
     """Return the Fit, the scale, its standard error, and the correlation of details of each channel."""
     points, levels = measured.points, measured.levels
@@ -1474,23 +1503,38 @@ def check_reference(shape, reference_shape):
 # ---- Automatic points ----------------------------------------------------------------------------
 
 AUTO = 15  # cells along the longer side, from each of which a point is chosen
-FIRST_STEPS, MOST_STARTS = 3, 10  # of concentration: then only the most promising starts go on
 MOST_CELLS = 30  # along the longer side: more take minutes
+# Quiet places
+LEAST_USABLE = 0.75  # of the pixels of a window: next to holes and masks there are better ones
+SMOOTH = 0.04  # of the variance of the calmest tenth: less was filled in, not measured
+# Consensus
+FIRST_STEPS, MOST_STARTS = 3, 10  # of concentration: then only the most promising starts go on
 DEGREES = range(1, 9)  # of the polynomials; a higher one would follow nebulae
 AGREES = 1.3  # times the 99 % quantile of chi-squared: a place within is on the surface
 DROPPED = 5.0  # most cost of a place: with 8, broad surfaces swallow nebulae; with 3, it collapses
 BELOW = 4.0  # deviations: a place so far below the surface costs more, since little is darker than the sky
 LEAST_VARIANCE = 0.25  # of the levels about the surface, in units of their noise: nothing is gained below
+MOST_SCATTER_OF_ALL = 5.0  # noises, over the part of places that is sky: with more scatter, they do not agree
+# What the consensus leaves out
 NEIGHBORS = 1.7  # cells: places no farther are neighbors, also across a corner
 RIM = 0.4  # a place with a larger part of its neighbors off the surface is on the rim of a nebula
-CORNER = 6  # places: a smaller group in a corner is a glow that ends there
 GROUP = 3  # neighbors off the surface are a nebula or the end of a glow; fewer are stars
+CORNER = 6  # places: a smaller group in a corner is a glow that ends there
 MOST_END, ROUGH = 0.2, 6.0  # part of places, typical errors: a larger or rougher group is no end of a glow
+GLOW_LEFT = 0.2  # of its excess: what the others leave of a glow in a corner; of nebulae they leave a third and more
+FALLS = 0.97  # of the squares of its excess: what a fall from a corner or border explains of a glow; of nebulae 0.89
 STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to be left out, to come back, and near a nebula
-LEAST_USABLE = 0.75  # of the pixels of a window: next to holes and masks there are better ones
-LEAST_GIVEN = 5  # certain points that others can grow from: of fewer, none is predicted by the others
+# Places that do not agree
+LIGHT = 0.03  # weight of places above a surface that touches all places from below; with 0.1, it runs through nebulae
+LOWEST = 0.25  # of the places: those are on it
+PLANAR = 6.0  # times: only if a cubic explains the places so much better, a plane is too simple
+STIFF = {1: 3.0, 3: 0.8}  # of the longer side, by degree: no smaller shape, so that the model follows no nebula
+# Certain points
+LEAST_GIVEN = 5  # that others can grow from: of fewer, none is predicted by the others
 AS_PREDICTED, ROUNDS = 2.0, 30  # typical errors within which a place joins, and most rounds of judging all
-MOST_SCATTER, LEAST_SKY = 4.0, 0.6  # noises, and part of the places: beyond, they are said not to agree
+MOST_SCATTER = 4.0  # noises: what grows from certain points and scatters more does not agree
+FAR_BELOW = 6.0  # noises: certain points so far below the sky of others say that it is a nebula,
+MOST_BELOW = 0.75  # if so many of them are: where a glow is steep, half of them may be below a model that swings
 
 
 class Sites(NamedTuple):
@@ -1504,8 +1548,17 @@ class Sites(NamedTuple):
     cell: float  # side of a cell, in pixels
 
     def select(self, is_sky):
-        """Return centers, levels and leader, as `choose_model` takes them, of some of the places, (n_places,) bool."""
+        """Return what `choose_model` takes of some of the places, (n_places,) bool."""
         return self.points.centers[is_sky], self.levels[is_sky], self.points.leader[is_sky]
+
+    def subset(self, kept):
+        """Return some of the places, (n_places,) bool."""
+        return self._replace(points=self.points.subset(kept), levels=self.levels[kept], certain=self.certain[kept])
+
+    def from_certain(self):
+        """Return the (n_places,) distances from the nearest certain point."""
+        centers = self.points.centers
+        return distances_between(centers, centers[self.certain]).min(axis=1, initial=np.inf)
 
     def from_border(self):
         """Return the (n_places, 2) distances from the nearer border in x and y."""
@@ -1545,18 +1598,13 @@ def choose_points(image: ArrayLike | Picture, n: int = AUTO, sigma: float = SIGM
     Notes
     -----
     Each cell offers its quietest place. A glow is smooth to the noise and a nebula is not: sky is the
-    largest set of places that agree on one smooth surface (`find_consensus`). The rims of what is left out
-    go, too, and small corners come back. Where the places do not agree, or not with the certain points, sky
-    grows from these instead, if there are enough. Then the adaptive model leaves out what stands out above
-    it, and takes in the peaks of glows.
+    largest set of places that agree on one smooth surface (`find_consensus`), see `sky_of`. Where there is none, a
+    nebula or a galaxy fills the frame, and the points get a `least_shape`, so that the surface does not follow it.
     """
-    if not 3 <= n <= MOST_CELLS:
-        raise RmgradientError(f'a grid of {n} cells along the longer side is not from 3 to {MOST_CELLS}')
     picture = as_picture(image)
     points, is_given = join_quiet_places(picture, n, sigma, given)
     measured, is_given = measure_places(picture, points, (sigma, True), is_given)
-    points = measured.points
-    levels, noise = measured.levels, np.median(measured.noise, axis=0)
+    points, levels, noise = measured.points, measured.levels, np.median(measured.noise, axis=0)
     noise = with_rounding(noise, picture, points, sigma)
     rounding = 1e-9 * np.abs(levels).max(axis=0) + TINY
     varies = np.ptp(levels, axis=0) > rounding  # a constant channel tells nothing
@@ -1564,9 +1612,26 @@ def choose_points(image: ArrayLike | Picture, n: int = AUTO, sigma: float = SIGM
     noise, size = np.maximum(noise, rounding)[varies], np.array(picture.shape[1::-1])
     sites = Sites(points, levels[:, varies], noise, is_given, size, size.max() / n)
     with one_blas_thread():
-        is_sky, agree = choose_sky(sites)
-    chosen = Chosen(np.count_nonzero(is_given), np.count_nonzero(~is_given), bool(agree))
-    return measured.subset(is_sky)._replace(chosen=chosen)
+        sky = choose_sky(sites)
+    is_sky = sky.is_sky & (is_given | (sites.from_certain() > 2 * sigma))
+    chosen = Chosen(np.count_nonzero(is_given), np.count_nonzero(~is_given), bool(sky.agree))
+    measured = measured.subset(is_sky)
+    return measured._replace(points=measured.points._replace(least_shape=sky.least_shape), chosen=chosen)
+
+
+def join_quiet_places(picture, n, sigma, given):
+    """Return given points, if any, and quiet places; and which are given."""
+    if not (isinstance(n, numbers.Integral) and 3 <= n <= MOST_CELLS):
+        raise RmgradientError(f'a grid of {n} cells along the longer side is not from 3 to {MOST_CELLS}')
+    given = given or unchecked_points([])
+    places = find_quiet_places(picture, n, Settings(sigma=sigma).sigma)
+    if len(given.x) + len(places) < LEAST_PLACES:
+        raise RmgradientError(f'too few quiet places with data, {len(places)}; use a finer grid, a smaller '
+                              'sigma, or give points')
+    indices = np.arange(len(given.x) + len(places))
+    is_given = indices < len(given.x)
+    sources = given.sources and (*given.sources, *[''] * len(places))
+    return Points(*np.hstack([given[:3], [*places.T, indices[~is_given]]]), sources), is_given
 
 
 def measure_places(picture, points, sigma_and_robust, is_given):
@@ -1590,40 +1655,104 @@ def measure_places(picture, points, sigma_and_robust, is_given):
     return measured_from(points.subset(kept), {new[i]: window for i, window in windows.items()}), is_given[kept]
 
 
+class Sky(NamedTuple):
+    """Which places are sky."""
+
+    is_sky: np.ndarray  # (n_places,)
+    agree: bool  # on one smooth surface
+    least_shape: float = 0.0  # of the model through them, pixels
+
+
 def choose_sky(sites):
-    """Return which places are sky, (n_places,) bool, and whether they agree."""
+    """Return the Sky of places, of which some may be certain.
+
+    Few certain points lead the consensus. Enough of them are compared with the sky of the others: if that agrees, and
+    they are not far below it, they are added to it. Otherwise sky grows from them, if what grows agrees.
+    """
+    certain = sites.certain
+    if (certain & ~sites.points.on_isoline).sum() < LEAST_GIVEN:
+        return sky_of(sites)
+    others = sky_of(sites.subset(~certain))
+    is_sky = certain.copy()
+    is_sky[~certain] = others.is_sky
+    if others.agree and not is_far_above(is_sky & ~certain, certain, sites):
+        return others._replace(is_sky=is_sky)
+    with contextlib.suppress(RmgradientError):  # too few places of sky
+        grown = follow_model(grow_from_certain(sites), sites)
+        if (robust_std(grown.model.errors) < MOST_SCATTER * sites.noise).all():
+            return Sky(leave_faint_ends(grown, sites), True)
+    return others._replace(is_sky=is_sky, agree=False)
+
+
+def sky_of(sites):
+    """Return the Sky of places: their consensus, put right where it is known to fail.
+
+    Ends of glows come back, and rims of what is left out go. Then the adaptive model leaves out what stands out above
+    it, and takes in the peaks of glows. Where the places scatter too far about the consensus, the farther the fewer are
+    on it, a nebula or a galaxy fills the frame: see `lower_sky`.
+    """
     certain = sites.certain
     is_sky, scatter = find_consensus(sites)
-    agree = scatter < MOST_SCATTER and is_sky.mean() > LEAST_SKY and is_sky[certain].all()
-    if agree or (certain & ~sites.points.on_isoline).sum() < LEAST_GIVEN:
-        is_sky |= ends_of_glows(is_sky, sites)
-        followed = follow_model((is_sky & ~rims(is_sky, sites)) | certain, sites)
-    else:
-        followed = follow_model(grow_from_certain(sites), sites)
-        agree = (robust_std(followed.model.errors) < MOST_SCATTER * sites.noise).all()
-    return leave_faint_ends(followed, sites), agree
+    agree = is_sky[certain].all()
+    ends, glow = ends_of_glows(is_sky | certain, sites)
+    is_sky = is_sky | certain | ends
+    followed = follow_model(is_sky & ~rims(is_sky, sites) | certain | glow, sites, glow)
+    # What stands out in a corner may be the peak of a glow whose flanks were on the surface.
+    _, peak = ends_of_glows(followed.is_sky, sites)
+    if peak.any():
+        followed = follow_model(followed.is_sky | peak, sites, glow | peak)
+    is_sky = leave_faint_ends(followed, sites)
+    return Sky(is_sky, agree) if scatter < MOST_SCATTER_OF_ALL * is_sky.mean() else lower_sky(sites)
 
 
-def join_quiet_places(picture, n, sigma, given):
-    """Return given points, if any, and quiet places that are not close to one of them; and which are given."""
-    if not 3 <= n <= MOST_CELLS:
-        raise RmgradientError(f'a grid of {n} cells along the longer side is not from 3 to {MOST_CELLS}')
-    given = given or unchecked_points([])
-    places = find_quiet_places(picture, n, Settings(sigma=sigma).sigma)
-    distances = distances_between(places, given.centers).min(axis=1, initial=np.inf)
-    places = places[distances > 2 * sigma]
-    if len(given.x) + len(places) < LEAST_PLACES:
-        raise RmgradientError(f'too few quiet places with data, {len(places)}; use a finer grid, a smaller '
-                              'sigma, or give points')
-    indices = np.arange(len(given.x) + len(places))
-    is_given = indices < len(given.x)
-    sources = given.sources and (*given.sources, *[''] * len(places))
-    return Points(*np.hstack([given[:3], [*places.T, indices[~is_given]]]), sources), is_given
+def is_far_above(is_sky, certain, sites):
+    """Whether most certain places are far below the model through the sky of others."""
+    if is_sky.sum() < LEAST_PLACES:
+        return True
+    errors, _ = predict_others(fit_sites(is_sky, sites), sites, is_sky)
+    below = (errors / sites.noise).mean(axis=1)[certain[~is_sky]] < -FAR_BELOW
+    return below.mean() > MOST_BELOW
+
+
+def lower_sky(sites):
+    """Return the Sky of places that are mostly no sky: those on a stiff surface that touches them from below.
+
+    Where a nebula or a galaxy fills the frame, the largest set that agrees goes through sky and structure. But nebulae
+    shine: sky is at the lower side. Asymmetric least squares (expectiles; Newey and Powell 1987, Econometrica 55, 819)
+    find it without a choice between sets: places above the surface get the weight `LIGHT`. A plane is enough, unless a
+    cubic explains the places far better. First, do no harm: the model through the `LOWEST` places has no small shapes.
+    """
+    levels, surfaces = sites.levels / sites.noise, {}
+    for degree in STIFF:
+        terms = legendre_terms(2 * sites.points.centers / sites.size - 1, degree)
+        if degree == 1 or len(terms) >= 2.5 * terms.shape[1]:
+            residuals = asymmetric_residuals(terms, levels)
+            surfaces[degree] = residuals, (np.where(residuals > 0, LIGHT, 1 - LIGHT) * residuals**2).mean()
+    is_planar = 3 not in surfaces or surfaces[1][1] < PLANAR * surfaces[3][1]
+    degree = 1 if is_planar else 3
+    residuals, _ = surfaces[degree]
+    is_low = residuals <= np.sort(residuals)[max(LEAST_PLACES, round(LOWEST * len(residuals))) - 1]
+    return Sky(is_low | sites.certain, False, STIFF[degree] * sites.size.max())
+
+
+def asymmetric_residuals(terms, levels):
+    """Return the (n_places,) residuals, sums over the channels, of terms fitted to levels from below."""
+    weights = np.ones(len(levels))
+    for _ in range(50):
+        root = np.sqrt(weights)[:, None]
+        residuals = (levels - terms @ np.linalg.lstsq(terms * root, levels * root, rcond=None)[0]).sum(axis=1)
+        before, weights = weights, np.where(residuals > 0, LIGHT, 1 - LIGHT)
+        if (weights == before).all():
+            break
+    return residuals
 
 
 def places_beside_reference(pictures, n, sigma, given=None):
     """Return given points, if any, and all quiet places that a picture and its reference have data at, as Points."""
     points, is_given = join_quiet_places(pictures[0], n, sigma, given)
+    distances = distances_between(points.centers, points.centers[is_given]).min(axis=1, initial=np.inf)
+    kept = is_given | (distances > 2 * sigma)
+    points, is_given = points.subset(kept), is_given[kept]
     for picture in pictures:
         with about(picture.path):
             measured, is_given = measure_places(picture, points, (sigma, False), is_given)
@@ -1802,21 +1931,56 @@ def groups_off(is_sky, sites):
 
 
 def ends_of_glows(is_sky, sites):
-    """Return which places off the surface are the ends of glows, more than a polynomial follows.
+    """Find places off the surface that are the ends of glows, more than a polynomial follows.
 
-    Those are a few in a corner, as of an amplifier's glow, and small groups at the border, if none stands
-    out from the adaptive model through sky and group: a glow is smooth to the noise, and a nebula is not.
+    A group in a corner is the glow of an amplifier or a lamp if it is small, or if the adaptive model through it
+    predicts its places from the others to a part of its excess. So is one whose excess falls with the distance from a
+    corner or a border alone. Other small groups at the border come back if they do not stand out from the adaptive
+    model: a glow is smooth to the noise, and a nebula is not.
+
+    Returns two (n_places,) bool ndarrays: all ends, and those that are glows for sure, which never stand out.
     """
-    all_sky, at_border = is_sky, sites.from_border() < sites.cell
+    all_sky, glow, at_border = is_sky, np.zeros(len(is_sky), bool), sites.from_border() < sites.cell
+    excess = np.zeros(len(is_sky))
+    if not is_sky.all():
+        errors, _ = predict_others(fit_sites(is_sky, sites), sites, is_sky)
+        excess[~is_sky] = (errors / sites.noise).sum(axis=1)
     for group in groups_off(is_sky, sites):
         both, size = all_sky | group, group.sum()
-        if size <= CORNER and at_border[group].all(axis=1).any():
-            all_sky = both
-        elif GROUP <= size <= MOST_END * len(is_sky) and at_border[group].any():
-            standardized = fit_sites(both, sites).standardized
-            if np.abs(standardized / robust_std(standardized))[group[both]].max() < ROUGH:
+        in_corner = at_border[group].all(axis=1).any()
+        if GROUP <= size <= MOST_END * len(is_sky) and at_border[group].any():
+            model = fit_sites(both, sites)
+            left = (model.errors / sites.noise).sum(axis=1)[group[both]]
+            is_predicted = in_corner and (left**2).sum() < GLOW_LEFT**2 * (excess[group] ** 2).sum()
+            if is_predicted or falls_from_border(excess[group], sites.points.centers[group], sites.size):
+                all_sky, glow = both, glow | group
+            elif np.abs(model.standardized / robust_std(model.standardized))[group[both]].max() < ROUGH:
                 all_sky = both
-    return all_sky & ~is_sky
+        if size <= CORNER and in_corner:
+            all_sky = all_sky | group
+    return all_sky & ~is_sky, glow
+
+
+def falls_from_border(excess, centers, size):
+    """Whether an excess, (n,) at (n, 2) centers, falls with the distance from a corner or a border of a frame alone."""
+    if len(excess) < CORNER:
+        return False
+    excess = excess * np.sign(excess.sum())
+    corners = size * np.array(list(itertools.product((0, 1), repeat=2)))
+    distances = [*distances_between(corners, centers), *centers.T, *(size - centers).T]
+    return any(falling_part(excess[np.argsort(distance, kind='stable')]) > FALLS for distance in distances)
+
+
+def falling_part(values):
+    """Return the part of the squares of values that the nearest falling sequence explains: isotonic regression."""
+    blocks = []  # neighbors that rise are pooled
+    for value in values:
+        blocks.append((value, 1))
+        while len(blocks) > 1 and blocks[-2][0] < blocks[-1][0]:
+            (a, n), (b, m) = blocks[-2:]
+            blocks[-2:] = [((a * n + b * m) / (n + m), n + m)]
+    fitted = np.concatenate([np.full(n, mean) for mean, n in blocks])
+    return 1 - ((values - fitted) ** 2).sum() / ((values**2).sum() + TINY)
 
 
 class Followed(NamedTuple):
@@ -1827,18 +1991,19 @@ class Followed(NamedTuple):
     errors: np.ndarray  # (n_others, n_channels): level minus prediction of the others, data units
 
 
-def follow_model(is_sky, sites):
+def follow_model(is_sky, sites, glow=False):
     """Leave out what stands out above the adaptive model through the others, and take in the peaks of glows.
 
     A glow's peak at the border is more than a polynomial follows: bright places there, where the model
-    predicts them to be brighter than nine in ten of the accepted ones, come back, once. Returns Followed.
+    predicts them to be brighter than nine in ten of the accepted ones, come back, once. What is a glow for sure never
+    stands out. Returns Followed.
     """
     at_border = sites.from_border().min(axis=1) < 2 * sites.cell
     brightness, tried = (sites.levels / sites.noise).sum(axis=1), np.zeros(len(is_sky), bool)
     least = MISFIT * sites.noise
     while True:
         model = fit_sites(is_sky, sites)
-        stand_out = excess_of_sky(model, is_sky, sites, least) > STANDS_OUT
+        stand_out = (excess_of_sky(model, is_sky, sites, least) > STANDS_OUT) & ~np.asarray(glow)
         if stand_out.any():
             is_sky = is_sky & ~stand_out
             continue
@@ -1917,71 +2082,90 @@ def find_quiet_places(picture, n, sigma):
     """
     height, width, _ = picture.shape
     tile = max(8, len(blur_kernel(sigma)) // 2)
-    if min(height, width) < 2 * tile:
+    if min(height, width) <= 2 * tile:
         return np.empty((0, 2), int)
-    x, y, variance = variance_of_windows(*survey_tiles(picture, tile), tile)
-    inside = (x < width - tile) & (y < height - tile)
-    return quietest_of_cells((x[inside], y[inside]), variance[inside], (height, width), n)
+    # Tiles of equal size, to a pixel, so that windows end with the border on all sides.
+    edges = [np.round(np.linspace(0, n, n // tile + 1)).astype(int) for n in (width, height)]
+    variance, is_good = variance_of_windows(*survey_tiles(picture, edges), edges)
+    x, y = (np.minimum(each[1:-1], n - 1 - tile) for each, n in zip(edges, (width, height)))
+    windows = Windows(*np.meshgrid(x, y), variance, is_good)
+    return quietest_of_cells(windows, np.array([width, height]), n)
 
 
-def survey_tiles(picture, tile):
+class Windows(NamedTuple):
+    """Windows of 2 x 2 tiles."""
+
+    x: np.ndarray  # (n_down, n_across) int: middle, where a level would be measured
+    y: np.ndarray
+    variance: np.ndarray  # (n_down, n_across, n_channels) of their pixels
+    is_good: np.ndarray  # (n_down, n_across) bool: enough pixels can be measured
+
+
+def survey_tiles(picture, edges):
     """Return over tiles the sums of values and of their squares, (n_down, n_across, n_channels), and their number.
 
-    Of usable pixels only. Memory: 17 bytes a tile and channel, and a row of tiles in float64 for each worker.
+    Of usable pixels only; edges are those of tiles in x and y. Memory: 20 bytes a tile and channel, and a row of tiles
+    in float64 for each worker.
     """
-    height, width, n_channels = picture.shape
-    across = width // tile
+    _, width, n_channels = picture.shape
+    x_edges, y_edges = edges
 
     def surveying(start, stop):
         values, usable = picture.usable(slice(start, stop), slice(0, width))
-        with np.errstate(invalid='ignore'):  # signaling NaN
-            values = values[:, :across * tile].reshape(tile, -1).astype(float)
-        number = np.full(across, tile * tile)
-        if not usable.all():
-            usable = usable[:, :across * tile]
-            values = np.where(np.repeat(usable, n_channels, axis=1), values, 0)
-            number = usable.sum(axis=0).reshape(across, tile).sum(axis=1)
-        # Over rows first: sums over the short last axes are slow.
-        with np.errstate(invalid='ignore', over='ignore'):
-            return *(sums.reshape(across, tile, n_channels).sum(axis=1)
-                     for sums in (values.sum(axis=0), np.einsum('ij,ij->j', values, values))), number
+        with np.errstate(invalid='ignore', over='ignore'):  # signaling NaN, huge values
+            values = values.reshape(len(values), -1).astype(float)
+            if usable.all():
+                number = np.diff(x_edges) * len(values)
+            else:
+                values = np.where(np.repeat(usable, n_channels, axis=1), values, 0)
+                number = np.add.reduceat(usable.sum(axis=0), x_edges[:-1])
+            # Over rows first: sums over the short last axes are slow.
+            return *(np.add.reduceat(sums.reshape(width, n_channels), x_edges[:-1])
+                     for sums in (values.sum(axis=0), np.einsum('ij,ij->j', values, values))), number.astype(np.int32)
 
-    tiles = list(picture.starmap(surveying, row_groups(height // tile * tile, tile)))
+    tiles = list(picture.starmap(surveying, list(zip(y_edges[:-1].tolist(), y_edges[1:].tolist()))))
     return [np.array(each) for each in zip(*tiles)]
 
 
 @np.errstate(invalid='ignore', over='ignore', divide='ignore')
-def variance_of_windows(total, squares, number, tile):
-    """Return x, y and variance, (n_windows, n_channels), of the windows of 2 x 2 tiles that can be measured."""
+def variance_of_windows(total, squares, number, edges):
+    """Return the variance of windows of 2 x 2 tiles, and whether they are good, see `Windows`."""
     total, squares, number = (a[1:, 1:] + a[1:, :-1] + a[:-1, 1:] + a[:-1, :-1] for a in (total, squares, number))
     mean = total / number[..., None]
     variance = squares / number[..., None] - mean**2
     variance[variance < 1e-12 * mean**2] = 0  # rounding
-    y, x = (tile * (np.arange(n) + 1) for n in number.shape)
-    good = (number >= LEAST_USABLE * (2 * tile) ** 2) & np.isfinite(variance).all(axis=2)
-    return *(each[good] for each in np.meshgrid(x, y)), variance[good]
+    width, height = (each[2:] - each[:-2] for each in edges)
+    return variance, (number >= LEAST_USABLE * np.outer(height, width)) & np.isfinite(variance).all(axis=2)
 
 
-def quietest_of_cells(places, variance, size, n):
-    """Return the quietest window of each cell, (n_places, 2), of n cells along the longer side of a frame.
+def quietest_of_cells(windows, size, n):
+    """Return the quietest window of each cell, (n_places, 2), of n cells along the longer side of a frame of a size.
 
-    Takes x and y of windows, their variance, (n_windows, n_channels), and (height, width). Each channel's variance
-    is measured in units of its median.
+    A glow or a flat that falls off is steepest at the border, and a haze above the land: there, the outermost windows
+    are cells of their own, and so are those in corners. Each channel's variance is in units of its median.
     """
-    (x, y), (height, width) = places, size
-    if not len(x):
+    x, y, variance, is_good = windows
+    if not is_good.any():
         return np.empty((0, 2), int)
-    typical = np.median(variance, axis=0)
-    structure = (variance / np.maximum(typical, TINY)).sum(axis=1)
-    # Below a fifth of the usual scatter it was filled in, not measured.
-    good = (variance >= 0.04 * typical).all(axis=1) & np.isfinite(structure)
-    x, y, structure = x[good], y[good], structure[good]
-    cell = max(height, width) / n
-    cells_across, cells_down = max(1, round(width / cell)), max(1, round(height / cell))
-    cells = y * cells_down // height * cells_across + x * cells_across // width
-    order = np.lexsort([structure, cells])
-    first = order[np.unique(cells[order], return_index=True)[1]]
-    return np.stack([x[first], y[first]], axis=1)
+    typical = np.median(variance[is_good], axis=0)
+    structure = (variance / np.maximum(typical, TINY)).sum(axis=2)
+    calm = [np.quantile(some, 0.1) if (some := each[each > 0]).size and middle > 0 else 0
+            for each, middle in zip(variance[is_good].T, typical)]
+    good = is_good & (variance >= SMOOTH * np.array(calm)).all(axis=2) & np.isfinite(structure)
+    n_across, n_down = np.maximum(1, np.round(size * n / size.max())).astype(int)
+    cell = y * n_down // size[1] * n_across + x * n_across // size[0]
+    # On which side of a window there is none: 1 before, 2 behind, 3 both.
+    padded = np.pad(is_good, 1)
+    end_x = 2 * ~padded[1:-1, 2:] + ~padded[1:-1, :-2]
+    end_y = 2 * ~padded[2:, 1:-1] + ~padded[:-2, 1:-1]
+    chosen = []
+    for kind, where in ((0 * end_x, good), (end_x, good & (end_x > 0)), (end_y, good & (end_y > 0)),
+                        (4 * end_x + end_y, good & (end_x > 0) & (end_y > 0))):
+        key, quiet = (16 * cell + kind)[where], structure[where]
+        order = np.lexsort([quiet, key])
+        chosen.append(np.flatnonzero(where)[order[np.unique(key[order], return_index=True)[1]]])
+    chosen = np.unique(np.concatenate(chosen))
+    return np.stack([x.ravel()[chosen], y.ravel()[chosen]], axis=1)
 
 
 # ---- Sky level -----------------------------------------------------------------------------------
@@ -2149,7 +2333,7 @@ class Correction:
         corrected = np.empty(picture.shape, picture.dtype)
         for first, last in row_groups(height, self.settings.rows):
             corrected[first:last] = self.corrected_strip(picture, first, last, start)[0][..., :n_channels]
-        corrected = corrected if isinstance(image, Picture) else corrected.reshape(np.shape(image))
+        corrected = corrected[..., 0] if not getattr(picture, 'has_channels', True) else corrected
         return np.ma.array(corrected, mask=image.mask) if isinstance(image, np.ma.MaskedArray) else corrected
 
     def corrected_strip(self, picture, first, last, start=0):
@@ -2164,7 +2348,9 @@ class Correction:
         untouched = np.zeros(strip.shape[:2], bool)
         if not self.settings.is_classic:
             untouched = picture.untouched(strip, slice(first, last), slice(0, strip.shape[1]))
-        kept, above = strip[untouched], self.model.above(self.sky)
+        kept, above, uncounted = strip[untouched], self.model.above(self.sky), untouched
+        if picture.mask is not None:
+            uncounted = untouched | picture.is_masked(slice(first, last), slice(0, strip.shape[1]))
         noise = self.dither_noise(0, start + first, color.shape) if self.settings.dither else None
         for rows, columns, shift in above.blocks(start + first, start + last, strip.shape[1]):
             before = color[rows, columns]
@@ -2173,11 +2359,10 @@ class Correction:
                     self.check_white(shift)
                 after = self.leveled(before, shift)
                 after, is_limited = to_range(after, dtype, noise[rows, columns] if self.settings.dither else None)
-                if picture.blank is not None:
-                    after = np.where(before == picture.blank, before, after)
+                is_blank = before == picture.blank if picture.blank is not None else False
                 if is_limited:
-                    n_limited += newly_limited(before, after, dtype, untouched[rows, columns])
-                before[...] = after
+                    n_limited += newly_limited(before, after, dtype, (uncounted[rows, columns, None] | is_blank))
+                np.copyto(before, after, casting='unsafe', where=~np.asarray(is_blank))
         strip[untouched] = kept
         return strip, n_limited
 
@@ -2200,8 +2385,9 @@ class Correction:
         """Raise RmgradientError if the background is as bright as white."""
         background = (shift + (0 if self.settings.is_classic else self.sky)).max()
         if background >= self.white:
-            raise RmgradientError(f'stretching can not keep white, {self.white:g}, where the background is '
-                                  f'{background:g}')
+            white, background = self.picture.physical([self.white, background])
+            raise RmgradientError(f'to stretch, white has to be brighter than the background: it is {white:g}, and the '
+                                  f'background is up to {background:g}')
 
     def background_strip(self, picture, start, stop):
         """Return rows of the background in the picture's dtype, and how many pixels are beyond what that holds."""
@@ -2253,13 +2439,13 @@ def to_range(values, dtype_and_blank, noise=None):
     return values, is_limited
 
 
-def newly_limited(before, after, dtype_and_blank, untouched):
+def newly_limited(before, after, dtype_and_blank, uncounted):
     """Return how many pixels have a channel newly at the smallest, and at the largest integer.
 
-    After: float64 values of `to_range`; pixels that are untouched, (n_rows, n_columns), do not count.
+    After: float64 values of `to_range`. Uncounted: bool, broadcast with both.
     """
     lowest, highest = range_of(*dtype_and_blank)
-    return np.array([np.count_nonzero(new.any(axis=2) & ~untouched)
+    return np.array([np.count_nonzero((new & ~uncounted).any(axis=2))
                      for new in ((after <= lowest) & (before > lowest), (after >= highest) & (before < highest))])
 
 
@@ -2305,8 +2491,12 @@ def correction_of(picture: Picture, measured: Measured, settings: Settings,
             fit = fit_beside_reference(measured, levels)
     misfits = [] if reference else find_misfits(fit)
     correction = Correction(fit, find_sky(fit, picture, settings), picture, settings, misfits)
-    if settings.method == 'stretch' and picture.dtype.kind == 'f':
-        check_brightest(picture, correction.white, settings.rows)
+    if settings.method == 'stretch':
+        if picture.dtype.kind == 'f':
+            check_brightest(picture, correction.white, settings.rows)
+        if (correction.sky >= correction.white).any():
+            raise RmgradientError('to stretch, the sky has to be darker than white, '
+                                  f'{in_words(picture.physical([correction.white]))}')
     return correction
 
 
@@ -2316,7 +2506,7 @@ def check_brightest(picture, white, rows):
         color, usable = picture.usable(slice(start, stop), slice(0, picture.shape[1]))
         return color[usable].max(initial=-np.inf)
 
-    highest = max(picture.each_strip(brightest, rows))
+    highest = float(max(picture.each_strip(brightest, rows)))
     if highest > ABOVE_WHITE * white:
         highest, white = picture.physical([highest, white])
         suggested = 65535 if 255 < highest <= 65535 else highest
@@ -2625,10 +2815,13 @@ class TiffImage(FilePicture):
         """Return the value of pixels without data that GDAL names, None if it is none of the type."""
         text = next((tag.value for tag in self._tags if tag.code == GDAL_NODATA and tag.type == 2), b'')
         with contextlib.suppress(ValueError, OverflowError):
-            value = float(text.rstrip(b'\0 '))
+            words = text.rstrip(b'\0 ')
+            value = int(words) if re.fullmatch(rb'[+-]?[0-9]+', words) else float(words)
             with np.errstate(over='ignore'):
                 stored = self.dtype.type(value)
             if math.isfinite(stored) and (self.dtype.kind == 'f' or stored == value):
+                if self._photometric == 0:
+                    stored = invert(np.array([[stored]]))[0, 0]
                 return stored.item()
         return None
 
@@ -2732,7 +2925,8 @@ class TiffImage(FilePicture):
         if predictor != 1:
             structure['Predictor'] = SHORT, [predictor]
         tags = [self._pack_tag(name, *values) for name, values in structure.items()]
-        tags += [first_samples(tag, n_samples) for tag in self._tags]
+        tags += [first_samples(tag, n_samples) for tag in self._tags
+                 if not (is_shape(tag) and (self._page.planarconfig == 2 or n_samples != self.n_samples))]
         file.write(pack_directory(tags, end, self._bytes.byteorder, bigtiff))
         file.seek(0)
         file.write(pack_head(self._bytes.byteorder, bigtiff, end))
@@ -2846,6 +3040,11 @@ def encode_strip(strip, stored, predictor, level):
     if predictor == 3:
         data = imagecodecs.floatpred_encode(data, axis=-2)
     return imagecodecs.deflate_encode(data.tobytes(), level) if level else data
+
+
+def is_shape(tag):
+    """Whether a Tag is tifffile's description of a shape, which holds no longer if samples are stored otherwise."""
+    return tag.code == DESCRIPTION and tag.type == 2 and tag.value.startswith(b'{"shape"')
 
 
 def first_samples(tag, n_samples):
@@ -3065,39 +3264,54 @@ def gunzip(path):
     return target
 
 
-def unpack_image(file):
+def unpack_in_child(file):
     """Return a temporary file of the first image that is compressed in a table of a FITS file.
 
-    Memory: a few rows, and the tiles of the compression that have them.
+    Done by another process: the library writes beyond its memory if a damaged file tells it to.
     """
-    try:
-        from astropy.io import fits
-    except Exception as error:
-        raise RmgradientError(why_not_loaded(error)) from error
+    import subprocess
     import tempfile
+    if not importlib.util.find_spec('astropy'):
+        raise RmgradientError('astropy is missing; run: python -m pip install astropy')
     target = tempfile.TemporaryFile()  # noqa: SIM115
+    code = ('import importlib.util, sys; spec = importlib.util.spec_from_file_location("rmgradient", sys.argv[1]); '
+            'module = importlib.util.module_from_spec(spec); sys.modules["rmgradient"] = module; '
+            'spec.loader.exec_module(module); module.unpack_image(sys.stdin.buffer, sys.stdout.buffer)')
     try:
-        with warnings.catch_warnings(action='ignore'), fits.open(file, do_not_scale_image_data=True) as hdus:
-            image = next(each for each in hdus if isinstance(each, fits.CompImageHDU))
-            structure = re.compile('SIMPLE|XTENSION|BITPIX|NAXIS[0-9]*|PCOUNT|GCOUNT|CHECKSUM|DATASUM')
-            shape = image.shape
-            values = {'SIMPLE': 'T', 'BITPIX': image.header['BITPIX'], 'NAXIS': len(shape)}
-            values |= {f'NAXIS{i + 1}': n for i, n in enumerate(reversed(shape))}
-            cards = [f'{name:8}= {value:>20}'.ljust(FITS_CARD) for name, value in values.items()]
-            cards += [card.image for card in image.header.cards if not structure.fullmatch(card.keyword)
-                      and card.image.strip() != "EXTNAME = 'COMPRESSED_IMAGE'"]
-            text = ''.join([*cards, 'END']).encode('ascii', 'replace')
-            target.write(text.ljust(padded(len(text))))
-            for plane in np.ndindex(shape[:-2]):
-                for start in range(0, shape[-2], ROWS):
-                    rows = image.section[(*plane, slice(start, min(start + ROWS, shape[-2])))]
-                    target.write(np.ascontiguousarray(rows, rows.dtype.newbyteorder('>')))
-        target.write(bytes(padded(target.tell()) - target.tell()))
-        target.flush()
+        file.seek(0)
+        done = subprocess.run([sys.executable, '-c', code, os.path.abspath(__file__)], stdin=file, stdout=target,
+                              stderr=subprocess.DEVNULL)
+        if done.returncode:
+            raise Damage('its packed image can not be unpacked')
     except BaseException:
         target.close()
         raise
     return target
+
+
+def unpack_image(file, target):
+    """Write the first image that is compressed in a table of a FITS file into another, as a plain FITS file.
+
+    Memory: a few rows, and the tiles of the compression that have them.
+    """
+    from astropy.io import fits
+    with warnings.catch_warnings(action='ignore'), fits.open(file, do_not_scale_image_data=True) as hdus:
+        image = next(each for each in hdus if isinstance(each, fits.CompImageHDU))
+        structure = re.compile('SIMPLE|XTENSION|BITPIX|NAXIS[0-9]*|PCOUNT|GCOUNT|CHECKSUM|DATASUM')
+        shape = image.shape
+        values = {'SIMPLE': 'T', 'BITPIX': image.header['BITPIX'], 'NAXIS': len(shape)}
+        values |= {f'NAXIS{i + 1}': n for i, n in enumerate(reversed(shape))}
+        cards = [f'{name:8}= {value:>20}'.ljust(FITS_CARD) for name, value in values.items()]
+        cards += [card.image for card in image.header.cards if not structure.fullmatch(card.keyword)
+                  and card.image.strip() != "EXTNAME = 'COMPRESSED_IMAGE'"]
+        text = ''.join([*cards, 'END']).encode('ascii', 'replace')
+        target.write(text.ljust(padded(len(text))))
+        n_bytes = 0
+        for plane in np.ndindex(shape[:-2]):
+            for start in range(0, shape[-2], ROWS):
+                rows = image.section[(*plane, slice(start, min(start + ROWS, shape[-2])))]
+                n_bytes += target.write(np.ascontiguousarray(rows, rows.dtype.newbyteorder('>')))
+        target.write(bytes(padded(n_bytes) - n_bytes))
 
 
 def padded(size):
@@ -3127,8 +3341,9 @@ class FitsImage(FilePicture):
         width, height, self.n_samples = (*header.axes, 1)[:3]
         self.shape = height, width, self.n_samples
         bits, zero, scale = header.get('BITPIX'), header.number('BZERO', 0), header.number('BSCALE', 1)
-        if scale == 0:
-            raise Damage('BSCALE is 0')
+        if not 1e-100 < abs(scale) < 1e100 or abs(zero) > 1e20 * abs(scale):
+            raise RmgradientError(f'values are scaled by BSCALE {scale:g} and BZERO {zero:g}, which leave nothing of '
+                                  'them')
         kind = 'f' if bits < 0 else 'u' if bits == 8 else 'i'
         self._stored = np.dtype(f'>{kind}{abs(bits) // 8}')  # in the file
         self.dtype = self._stored.newbyteorder('=')
@@ -3191,7 +3406,9 @@ class FitsImage(FilePicture):
         size = math.prod(axes) * abs(header.whole_number('ZBITPIX')) // 8
         if not 0 < size <= MOST_PACKED * self._bytes.size:
             raise Damage(f'an image of {size} bytes packed into {self._bytes.size}')
-        packed, self._file = self._file, unpack_image(self._file)
+        if header.whole_number('TFIELDS', 1) > 999:
+            raise Damage('more columns than a table can have')
+        packed, self._file = self._file, unpack_in_child(self._file)
         packed.close()
         self._bytes = RandomAccess(self._file)
         self._header = self._find_picture()
@@ -3365,9 +3582,9 @@ def whole_files(outputs, overwrite):
                     folder = os.path.dirname(os.path.realpath(path))
                     name = hidden[path] = os.path.join(folder, f'.rmgradient-{os.urandom(8).hex()}')
                     mode, flags = 0o600 if os.path.exists(path) else 0o666, flags | os.O_CREAT | os.O_EXCL
-                descriptor = os.open(name, flags, mode)
                 if path in hidden:
-                    stack.callback(_remove, name)
+                    stack.callback(_remove, name)  # before it is there: a signal may come at any time
+                descriptor = os.open(name, flags, mode)
                 files[key] = os.fdopen(descriptor, 'w+b')
                 stack.callback(_close, files[key])
         yield files
@@ -3396,8 +3613,10 @@ def _publish(name, path, overwrite):
             raise
     # A file that is replaced leaves its owner where that is allowed, mode, access list and extended attributes.
     replaced = os.stat(path)
-    with contextlib.suppress(OSError, AttributeError):  # not allowed, or Windows
-        os.chown(name, replaced.st_uid, replaced.st_gid)
+    for owner in (replaced.st_uid, -1):
+        with contextlib.suppress(OSError, AttributeError):  # not allowed, or Windows
+            os.chown(name, owner, replaced.st_gid)
+            break
     shutil.copystat(path, name)
     os.utime(name)
     return os.replace(name, path)
@@ -3638,8 +3857,8 @@ def choose_toolkit():
 class Editor:
     """A window to set points by hand, with the background or the result beside the picture.
 
-    Starts with `pairs`, see `make_points`, of a Picture; save takes Points, writes them, and returns the file's
-    name. `accepted`: whether Enter closed it, which may save the points, too.
+    Starts with Points, or pairs (see `make_points`), of a Picture; save takes Points, writes them, and returns the
+    file's name. `accepted`: whether Enter closed it, which may save the points, too.
     """
 
     saves_on_enter = False
@@ -3647,10 +3866,12 @@ class Editor:
     HELP = ('click: add, Shift-click: to the isoline, drag: move, right click or Delete: remove, Ctrl-Z, '
             'Ctrl-Y; a: automatic, v: view, s: save, Enter: write, Escape: leave')
 
-    def __init__(self, picture, pairs, settings, save):
+    def __init__(self, picture, points, settings, save):
         import matplotlib.pyplot as plt
         self.picture, self.settings, self._save = picture, settings, save
         self._title, self.correction = os.path.basename(picture.path), None
+        self._least_shape = points.least_shape if isinstance(points, Points) else 0.0
+        pairs = points.pairs if isinstance(points, Points) else points
         self.pairs, self.accepted, self._shows_result = np.asarray(pairs, float).reshape(-1, 2), False, True
         self._done, self._undone, self._saved, self._drawn = [], [], self.pairs, []
         self._measured, self._dragged, self._window = {}, None, None
@@ -3702,7 +3923,8 @@ class Editor:
 
     def points(self, least=3):
         """Return the points that can be used, see `make_points`."""
-        return make_points(np.delete(self.pairs, list(self.unusable), axis=0), least=least)
+        points = make_points(np.delete(self.pairs, list(self.unusable), axis=0), least=least)
+        return points._replace(least_shape=self._least_shape)
 
     def update(self):
         """Measure what is new, fit, and draw."""
@@ -3850,7 +4072,9 @@ class Editor:
             elif key == 'a':
                 given = self.points(least=1) if len(self.pairs) > len(self.unusable) else None
                 n, sigma = self.settings.auto or AUTO, self.settings.sigma
-                self._change(choose_points(self.picture, n, sigma, given).points.pairs)
+                points = choose_points(self.picture, n, sigma, given).points
+                self._least_shape = points.least_shape
+                self._change(points.pairs)
             elif key == 'v':
                 self._shows_result = not self._shows_result
             elif key == 's':
@@ -3972,7 +4196,10 @@ def process_picture(job, given, options):
     megapixels = f' {picture.shape[0] * picture.shape[1] / 1e6:.3g} megapixels'
     with (picture, threads(progress_bar('strip', megapixels, shown=len(options.input) == 1)) as picture.starmap,
           open_beside(options.reference, picture, check_reference) as reference,
-          open_beside(options.mask, picture, check_mask) as picture.mask):
+          open_beside(options.mask, picture, check_mask) as mask):
+        if mask:
+            picture.mask = Flipped(mask) if mask.bottom_up != picture.bottom_up else mask
+            report_mask(picture, options.rows)
         check_picture(picture, job, given, options)
         if given.points is not None or settings.auto is not None:
             measured = measure_points(picture, given.points, settings, reference)
@@ -3994,7 +4221,7 @@ def process_picture(job, given, options):
                 kind = os.path.splitext(job.outputs['preview'])[1][1:].lower()
                 with about(job.outputs['preview']):
                     draw_preview(files['preview'], kind, picture, correction)
-    report_written(job.outputs, picture, correction.sky, counts)
+    report_written(job.outputs, picture, correction, counts)
 
 
 @contextlib.contextmanager
@@ -4017,6 +4244,19 @@ def check_mask(shape, mask_shape):
     if mask_shape[:2] != shape[:2]:
         raise RmgradientError(f'is {mask_shape[1]} x {mask_shape[0]} pixels and the picture {shape[1]} x {shape[0]}; '
                               'a mask has the same size')
+
+
+def report_mask(picture, rows):
+    """Log how much of a picture is masked; RmgradientError if all is."""
+    def masking(start, stop):
+        return np.count_nonzero(picture.is_masked(slice(start, stop), slice(0, picture.shape[1])))
+
+    share = sum(picture.each_strip(masking, rows)) / (picture.shape[0] * picture.shape[1])
+    if share == 1:
+        raise RmgradientError(f'the mask {picture.mask.path} is 0 nowhere: it has to be 0 where there is sky')
+    if share == 0:
+        logger.warning('%s: the mask %s is 0 everywhere, and masks nothing', picture.path, picture.mask.path)
+    logger.info('%s: %.3g %% of the picture is masked', picture.path, 100 * share)
 
 
 def check_picture(picture, job, given, options):
@@ -4054,7 +4294,7 @@ def edit_points(picture, points, job, options):
             files['points'].write(encode_points(picture, points, settings))
         return name
 
-    editor = Editor(picture, [] if points is None else points.pairs, settings, save)
+    editor = Editor(picture, points or [], settings, save)
     editor.saves_on_enter = not job.outputs
     plt.show(block=True)
     if not editor.accepted:
@@ -4087,10 +4327,13 @@ def read_points(options):
             logger.warning('%s: some lines hold more than a pair of numbers; only the first two are used%s',
                            name, ': are the first ones the numbers of the points?' if most == 2 else '')
         points = make_points(pairs, [f'{name}, line {i}' for i in line_numbers], least)
-    saved = re.match(r'# .*, (\d{1,9}) x (\d{1,9}) pixels, sigma ([\d.]+)$', lines[0])
+    saved = re.match(r'# .*, (\d{1,9}) x (\d{1,9}) pixels, sigma ([\d.]+)(?:, shape at least (\d{1,9}(?:\.\d*)?))?$',
+                     lines[0])
     if saved and saved[3] != f'{options.sigma:g}':
         logger.warning('%s: the points were saved with --sigma %s, and are used with %g', name, saved[3],
                        options.sigma)
+    if saved and saved[4]:
+        points = points._replace(least_shape=float(saved[4]))
     return Given(points, saved and (int(saved[2]), int(saved[1])))
 
 
@@ -4099,6 +4342,8 @@ def encode_points(picture, points, settings):
     height, width, _ = picture.shape
     lines = [f'# {printable(os.path.basename(picture.path))}, {width} x {height} pixels, sigma {settings.sigma:g}',
              *format_points_file(points)]
+    if points.least_shape:
+        lines[0] += f', shape at least {points.least_shape:g}'
     return ('\n'.join(lines) + '\n').encode('utf-8', 'replace')
 
 
@@ -4147,10 +4392,9 @@ def report_chosen(picture, measured, settings):
     logger.info('%s: %d points chosen from %d quiet places%s', picture.path, len(points.x) - chosen.n_given,
                 chosen.n_places, f' beside {chosen.n_given} given' if chosen.n_given else '')
     if not chosen.agree:
-        logger.warning('%s: the quiet places do not agree on one smooth sky, as where a nebula or the Milky '
-                       'Way fills the frame, or bands cross it; look at --preview, and help -a with %s '
-                       'certain points of empty sky (-p, -f or --edit), with %s, or with a --reference',
-                       picture.path, 'more' if chosen.n_given else 'five or more', finer)
+        logger.warning('%s: the quiet places do not agree on one smooth sky (nebula, galaxy, Milky Way or a seam?): '
+                       'check --preview, set your own points with --edit, mask what is no sky with --mask, or use a '
+                       '--reference', picture.path)
     if parts := parts_without(points, picture):
         logger.warning('%s: no point at the %s, where the background is a guess; %s may find some, or give '
                        'some (-p, -f or --edit)', picture.path, ', '.join(parts), finer)
@@ -4182,12 +4426,12 @@ def report_correction(picture, correction):
                 fit.adaptive.trend, fit.adaptive.epsilon, smooth)
     if len(points.x) > 4:  # fewer say nothing about each other
         logger.info('%s: points are predicted from the others to %s (root mean square); the noise of their '
-                    'levels is %s', picture.path, in_words(rms(fit.adaptive.errors)),
-                    in_words(np.median(noise, axis=0)))
+                    'levels is %s', picture.path, in_words(picture.scale * rms(fit.adaptive.errors)),
+                    in_words(picture.scale * np.median(noise, axis=0)))
     lowest, place = lowest_of_coarse(fit.model, height, width)
-    if lowest < 0 < levels.min():
+    if picture.physical(lowest) < 0 < picture.physical(levels).min():
         logger.warning('%s: the background falls to %s, below 0, near %s, where no point holds it; add one '
-                       'of empty sky there', picture.path, in_words([lowest]), place)
+                       'of empty sky there', picture.path, in_words([picture.physical(lowest)]), place)
     if len(points.x) > 4 and not correction.misfits and hardly_agree(fit):
         logger.warning('%s: the points hardly agree on a smooth background: some may be on nebulae or stars, '
                        'or the glow needs more of them; look at --preview', picture.path)
@@ -4196,7 +4440,7 @@ def report_correction(picture, correction):
             'darker than its neighbors suggest: on a dust cloud or border?')
         if points.on_isoline[i]:
             hint = 'off what its neighbors suggest: does the isoline run there?'
-        rounded = in_words([float(f'{abs(error):.3g}')])
+        rounded = in_words([float(f'{picture.scale * abs(error):.3g}')])
         logger.warning('%s: %s is %s %s', picture.path, points.describe([i]), rounded, hint)
 
 
@@ -4212,11 +4456,12 @@ def report_reference(path, fit):
                 in_words(beside.unexplained))
 
 
-def report_written(outputs, picture, sky, counts):
+def report_written(outputs, picture, correction, counts):
     """Log what was written, and warn of pixels, counts as of `write_pictures`, that became black or white."""
     percents = 100 * counts[:2] / (picture.shape[0] * picture.shape[1])
+    keep = '' if correction.settings.method == 'stretch' else ', or keep white with --stretch'
     cures = ('raise the sky with --sky NUMBER, or add a point of empty sky in a dark corner that has none',
-             'lower the sky with --sky NUMBER, or keep white with --stretch')
+             f'lower the sky with --sky NUMBER{keep}')
     for percent, color, cure in zip(percents, ('black', 'white'), cures):
         if percent > 0:
             words = f'{percent:.2f} %' if percent >= 0.01 else 'less than 0.01 %'
@@ -4226,7 +4471,7 @@ def report_written(outputs, picture, sky, counts):
         logger.warning('%s: the background of %d pixels is beyond what integers of the type hold, and was '
                        'limited; a point of empty sky near them may help', outputs['background'], counts[2])
     for kind, path in outputs.items():
-        level = f'; the sky is level at {in_words(picture.physical(sky))}' if kind == 'output' else ''
+        level = f'; the sky is level at {in_words(picture.physical(correction.sky))}' if kind == 'output' else ''
         logger.info('%s: written%s', path, level)
 
 
@@ -4293,8 +4538,8 @@ def build_parser():
     model.add_argument('-r', '--rows', metavar='N', type=number_from(1, 2**31, int), default=ROWS,
                        help='rows worked on together; memory is proportional (default: %(default)s)')
     model.add_argument('--mask', metavar='FILE',
-                       help='picture of the same size (TIFF or FITS): where it is not 0, nothing is measured and no '
-                       'point is chosen, as on land, trees or nebulae; it is corrected all the same')
+                       help='picture of the same size (TIFF or FITS), 0 where there is sky: elsewhere, as on land, '
+                       'trees or nebulae, nothing is measured and no point is chosen; it is corrected all the same')
     model.add_argument('--reference', metavar='FILE',
                        help='registered picture of the same field and size with less gradient, gray or in '
                        'the same colors: what it shows is not background, even where nebulae fill the frame')
@@ -4366,6 +4611,8 @@ def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
         parser.error('--edit shows the picture without --reference: use one of them')
     if options.reference is not None and options.smooth != 'auto':
         parser.error('--reference needs --smooth auto')
+    if options.white is not None and options.method != 'stretch':
+        parser.error('--white is for --stretch')
     if options.points is not None:
         try:
             options.points = parse_coordinates(options.points)

@@ -6,7 +6,8 @@ Skies of five kinds (flat, plane, one and two light domes, dome with vignetting)
 dozen, forty scattered, a grid around a hole). RMS of model minus truth over the frame, its mean removed; geometric
 means over all skies and seeds, half a count added. Beside the adaptive model: the classic one, a plain multiquadric,
 and a thin-plate spline with a linear term, which other programs use. Then automatic points on the same skies with
-stars, with and without a nebula over a quarter of the frame.
+stars, with and without a nebula over a quarter of the frame. Last, automatic points on frames full of nebula, beside
+the gradient itself, which is the error of who does nothing.
 
 usage: accuracy.py [--quick] [--picture FILE]
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.interpolate import RBFInterpolator
+from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rmgradient as rg  # noqa: E402
@@ -67,6 +69,44 @@ def stars(rng):
     return light[8:-8, 8:-8]
 
 
+def clouds(rng):
+    """Return (HEIGHT, WIDTH) clouds of many sizes, of mean 0 and deviation 1."""
+    layers = [2.0**i * gaussian_filter(rng.normal(size=(HEIGHT, WIDTH)), 2.0**i * 3, mode='wrap') * 2.0**i
+              for i in range(5)]
+    total = sum(layers)
+    return (total - total.mean()) / total.std()
+
+
+def full_of_nebula(rng):
+    """Yield name and (HEIGHT, WIDTH) light of nebulae, of deviation 1, that leave little or no sky."""
+    yield 'some empty sky', np.maximum(clouds(rng) - rng.uniform(-0.8, 0), 0)
+    yield 'shines everywhere', np.exp(0.8 * clouds(rng))
+    yield 'dark lanes', np.clip(1.5 - np.maximum(clouds(rng), 0), 0, None)
+    angle = rng.uniform(0, np.pi)
+    distance = (X - WIDTH / 2) * np.sin(angle) + (Y - HEIGHT / 2) * np.cos(angle)
+    yield 'band', np.exp(-((distance / rng.uniform(80, 160)) ** 2)) * np.clip(1.2 + 0.6 * clouds(rng), 0, None)
+
+
+def measure_full_frames(seeds):
+    """Print errors on frames full of nebula, in parts of the noise of a pixel."""
+    rows = {}
+    for seed in seeds:
+        rng = np.random.default_rng([3, seed])
+        for (kind, light), (_, truth) in zip(full_of_nebula(rng), list(backgrounds(rng))[1:]):
+            gradient = 300 * (truth - truth.mean()) / np.ptp(truth)
+            light = light / light.std() * rng.uniform(400, 2000)
+            sky = 5000 + gradient + light - light.min() + rng.normal(0, 50, truth.shape)
+            fit = rg.fit_background(rg.choose_points(np.rint(sky).astype(np.uint16)))
+            error = (fit.model.evaluate(0, HEIGHT, WIDTH)[..., 0] - gradient).std()
+            rows.setdefault(kind, []).append((error / 50, gradient.std() / 50, light.std() / 50))
+    rule = ' '.join(['=' * 18] + ['=' * 10] * 3)
+    print(f'\nFrames full of nebula: RMS in parts of the noise of a pixel, geometric means\n\n{rule}')
+    print(f'{"nebula":18} {"error":10} {"gradient":10} {"nebula":10}\n{rule}')
+    for kind, values in rows.items():
+        print(f'{kind:18} ' + ' '.join(f'{value:<10.2f}' for value in np.exp(np.log(values).mean(axis=0))))
+    print(rule)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--quick', action='store_true', help='one seed instead of five, to see that it runs')
@@ -106,6 +146,7 @@ def main():
         cells = [f'{np.median(by_kind[kind]):.1f}, {max(by_kind[kind]):.1f}' for kind in ('stars', 'stars and nebula')]
         print(f'{name:18} ' + ' '.join(f'{cell:17}' for cell in cells))
     print(rule)
+    measure_full_frames(seeds)
     if options.picture:
         means = {model: [mean(by_layout[name]) for name in columns] for model, by_layout in errors.items()}
         draw(options.picture, means, columns, automatic)

@@ -597,4 +597,5 @@ def test_masks_that_do_not_suit(cli):
     cli.fails('--mask', '', status=2, match='the name of a file is empty')
     cli.fails('--mask', 'mask.tif', '-o', 'mask.tif', '--overwrite', match='mask.tif: is the input mask.tif')
     tifffile.imwrite('mask.tif', np.ones((90, 120), np.uint8))
-    cli.fails('--mask', 'mask.tif', points=['-a', '-s', '2'], match='quiet places')
+    cli.fails('--mask', 'mask.tif', points=['-a', '-s', '2'], match='the mask mask.tif is 0 nowhere: it has to be 0')
+    cli.fails('--white', '9', status=2, match='--white is for --stretch')

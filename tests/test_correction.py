@@ -133,7 +133,7 @@ def test_stretch_levels_the_sky(dtype):
 
 
 def test_stretch_refuses_what_it_cannot_keep():
-    with pytest.raises(rg.RmgradientError, match='can not keep white, 255, where the background is 255'):
+    with pytest.raises(rg.RmgradientError, match='white has to be brighter than the background: it is 255'):
         correct(np.zeros((1, 1, 1), np.uint8), np.full((1, 1, 1), 255.0), 'stretch')
     nan = correct(np.full((1, 1, 1), np.nan), np.zeros((1, 1, 1)), 'stretch')
     assert np.isnan(nan).all()

@@ -325,7 +325,7 @@ def test_signals_leave_nothing(cli, number, status, overwrite):
     start = time.monotonic()
     _, message = process.communicate(timeout=60)
     assert time.monotonic() - start < 5
-    assert process.returncode == status
+    assert process.returncode == status, message
     assert 'Traceback' not in message
     assert 'error' not in message
     assert cli.files() == (['out.tif'] if overwrite else []) + ['sky.tif']

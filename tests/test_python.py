@@ -99,6 +99,21 @@ def test_stretch_of_bright_floats(cli):
     assert '--' not in str(caught.value)
 
 
+def test_stretch_needs_a_sky_darker_than_white():
+    with pytest.raises(rg.RmgradientError, match='to stretch, the sky has to be darker than white, 3000'):
+        rg.remove_gradient(draw()[0], scatter(), method='stretch', white=3000, sky=4000)
+
+
+def test_mask_of_a_picture_is_for_one_call(cli):
+    mask = np.zeros((90, 120), bool)
+    mask[:, 60:] = True
+    places = [(x, y) for x, y in cli.points.tolist() if x < 50][:3] + [(30, 30)]
+    with rg.open_picture('sky.tif') as picture:
+        rg.find_correction(picture, places[-1:] + [(35, 60), (40, 40)], mask=mask)
+        assert picture.mask is None
+        rg.find_correction(picture, cli.points)
+
+
 def test_sky_of_each_channel():
     sky, _ = draw()
     corrected = rg.remove_gradient(sky, scatter(), sky=[2000, 3000, 4000])
