@@ -780,17 +780,25 @@ def measure_levels(image: ArrayLike | Picture, points: ArrayLike | Points, sigma
         If a point is outside; or if a measured one is masked, so close to the border that the blur reaches it, or has
         less than half of its weight on usable pixels.
     """
-    picture, kernel = as_picture(image), blur_kernel(Settings(sigma=sigma).sigma)
     points = points if isinstance(points, Points) else make_points(points)
+    windows = windows_of(as_picture(image), points, Settings(sigma=sigma).sigma, robust)
+    for i, window in windows.items():
+        if isinstance(window, Unusable):
+            raise RmgradientError(f'{points.describe([i])} {window}') from window
+    return measured_from(points, windows)
+
+
+def windows_of(picture, points, sigma, robust):
+    """Return {index: Window} of points that are not on an isoline, from top to bottom; Unusable if it has none."""
+    kernel, windows = blur_kernel(sigma), {}
     check_points(points, *picture.shape[:2], len(kernel) // 2)
-    windows = {}
     for i in np.lexsort([points.x, points.y]):
         if not points.on_isoline[i]:
             try:
                 windows[i] = measure_window(picture, (points.x[i], points.y[i]), kernel, robust)
             except Unusable as error:
-                raise RmgradientError(f'{points.describe([i])} {error}') from error
-    return measured_from(points, windows)
+                windows[i] = error
+    return windows
 
 
 def measured_from(points, windows):
@@ -1636,23 +1644,18 @@ def join_quiet_places(picture, n, sigma, given):
 
 def measure_places(picture, points, sigma_and_robust, is_given):
     """Return Measured of given points and of the other places that can be measured, and which are given."""
-    (sigma, robust), windows = sigma_and_robust, {}
-    kernel = blur_kernel(sigma)
-    check_points(points, *picture.shape[:2], len(kernel) // 2)
-    kept = points.on_isoline.copy()
-    for i in np.lexsort([points.x, points.y]):
-        if points.on_isoline[i]:
-            continue
-        try:
-            windows[i], kept[i] = measure_window(picture, (points.x[i], points.y[i]), kernel, robust), True
-        except Unusable as error:
+    windows, kept = windows_of(picture, points, *sigma_and_robust), np.ones(len(points.x), bool)
+    for i, window in windows.items():
+        if isinstance(window, Unusable):
             if is_given[i]:
-                raise RmgradientError(f'{points.describe([i])} {error}') from error
+                raise RmgradientError(f'{points.describe([i])} {window}') from window
+            kept[i] = False
     if kept.sum() < LEAST_PLACES:
         raise RmgradientError(f'only {kept.sum()} of {len(kept)} quiet places have data; use a finer grid or a smaller '
                               'sigma, or give points')
     new = np.cumsum(kept) - 1
-    return measured_from(points.subset(kept), {new[i]: window for i, window in windows.items()}), is_given[kept]
+    windows = {new[i]: window for i, window in windows.items() if kept[i]}
+    return measured_from(points.subset(kept), windows), is_given[kept]
 
 
 class Sky(NamedTuple):
@@ -1670,7 +1673,8 @@ def choose_sky(sites):
     they are not far below it, they are added to it. Otherwise sky grows from them, if what grows agrees.
     """
     certain = sites.certain
-    if (certain & ~sites.points.on_isoline).sum() < LEAST_GIVEN:
+    n_given = (certain & ~sites.points.on_isoline).sum()
+    if n_given < LEAST_GIVEN or (~certain).sum() < 2 * LEAST_PLACES:  # of fewer others, none is a judge of these
         return sky_of(sites)
     others = sky_of(sites.subset(~certain))
     is_sky = certain.copy()

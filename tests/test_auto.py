@@ -452,6 +452,14 @@ def test_points_that_grew_need_not_agree():
     assert chosen.points.least_shape == 3 * WIDTH
 
 
+@pytest.mark.parametrize('width', [75, 90, 110, 150])
+def test_more_certain_points_than_quiet_places(width):
+    sky = np.random.default_rng(6).normal(1000, 10, (75, width, 1))
+    given = [(26, 26), (36, 26), (46, 26), (26, 46), (36, 46), (46, 46), (30, 36)]
+    points = rg.choose_points(sky, 5, given=rg.make_points(given)).points
+    assert points.centers[:7].tolist() == [list(place) for place in given]
+
+
 def test_certain_points_do_not_harm():
     """Seven true points on a steep glow: the others are as without them."""
     for seed in range(6):
