@@ -75,7 +75,8 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ except Exception as error:
     sys.exit(f'rmgradient: error: {why_not_loaded(error)}')
 
 __version__ = '2.0.0'
-__all__ = ['BackgroundModel', 'Correction', 'Fit', 'Measured', 'Points', 'RmgradientError', 'Settings', 'choose_points',
+__all__ = ['BackgroundModel', 'Correction', 'Finding', 'Fit', 'Measured', 'Points', 'RmgradientError',
+           'RmgradientWarning', 'Settings', 'choose_points',
            'find_correction', 'find_misfits', 'fit_background', 'fit_beside_reference', 'main', 'make_points',
            'measure_levels', 'open_picture', 'remove_gradient']
 logger = logging.getLogger('rmgradient')
@@ -217,6 +219,24 @@ class Unusable(RmgradientError):
     """A place can't be measured."""
 
 
+class RmgradientWarning(UserWarning):
+    """Something about a picture or its background that is doubtful, see `Finding`."""
+
+
+class Finding(NamedTuple):
+    """Something that was noticed. docs/messages.rst explains each kind."""
+
+    kind: str
+    text: str  # what it is, in one line
+    advice: str = ''  # what to do
+    severity: str = 'warning'  # or 'remark'
+    places: tuple = ()  # points (x, y) or areas (left, top, right, bottom), pixels
+    numbers: Mapping[str, Any] = MappingProxyType({})
+
+    def __str__(self) -> str:
+        return f'{self.text}: {self.advice}' if self.advice else self.text
+
+
 class NamedError(RmgradientError):
     """An error whose message begins with the name of the file that it is about."""
 
@@ -242,6 +262,12 @@ def about(name):
 def in_words(values):
     """Return numbers, one for each channel, as people write them."""
     return ', '.join(f'{value:.0f}' if 1e4 <= abs(value) <= 1e12 else f'{value:.5g}' for value in values)
+
+
+def rounded(value):
+    """Return the size of a value in two or three digits."""
+    value = abs(float(value))
+    return f'{value:.0f}' if 100 <= value < 1e12 else f'{value:.2g}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,6 +335,7 @@ class Points(NamedTuple):
     leader: np.ndarray  # (n_points,) int: index of the point whose level it takes: itself, or the first of its isoline
     sources: tuple = ()  # where each was read, for messages; empty if that is not known
     least_shape: float = 0.0  # of the adaptive model through them, pixels: see `choose_points`
+    is_chosen: bool = False  # whether some were chosen automatically: these agree better than those of people
 
     @property
     def on_isoline(self) -> np.ndarray:
@@ -329,7 +356,7 @@ class Points(NamedTuple):
         """Return some of the points, (n_points,) bool; the first kept of an isoline becomes its leader."""
         _, first, group = np.unique(self.leader[kept], return_index=True, return_inverse=True)
         sources = tuple(itertools.compress(self.sources, kept))
-        return Points(self.x[kept], self.y[kept], first[group], sources, self.least_shape)
+        return self._replace(x=self.x[kept], y=self.y[kept], leader=first[group], sources=sources)
 
     def describe(self, indices: Sequence[int]) -> str:
         """Return some of the points in words: the first five, and how many more."""
@@ -559,6 +586,19 @@ class Picture:
         """Yield work(start, stop) for each group of rows, in order."""
         return self.starmap(work, row_groups(self.shape[0], rows))
 
+    @functools.cached_property
+    def tiles(self) -> Tiles:
+        """Medians of its tiles, see `sample_tiles`; sampled once."""
+        return sample_tiles(self)
+
+    @functools.cached_property
+    def masked_share(self) -> float:
+        """The part of its pixels that is masked."""
+        def masking(start, stop):
+            return np.count_nonzero(self.is_masked(slice(start, stop), slice(0, self.shape[1])))
+
+        return sum(self.each_strip(masking)) / math.prod(self.shape[:2])
+
     def __enter__(self):
         return self
 
@@ -630,6 +670,8 @@ def as_picture(image: ArrayLike | Picture, mask: ArrayLike | None = None) -> Pic
         masks[i] = each.reshape(*each.shape[:2], -1).astype(bool).any(axis=2)
     if masks:
         picture = copy.copy(picture)  # the caller's has no mask
+        for cached in ('tiles', 'masked_share'):
+            vars(picture).pop(cached, None)
         picture.mask = ArrayPicture(np.any(masks, axis=0))
     return picture
 
@@ -696,6 +738,67 @@ def no_data(rows, ends_empty):
 def is_empty(rows):
     """Return where pixels are 0 or not finite in all channels."""
     return (rows == 0 if rows.dtype.kind in 'ui' else (rows == 0) | ~np.isfinite(rows)).all(axis=2)
+
+
+# ---- Tiles -----------------------------------------------------------------------------------------
+
+TILES, SAMPLES = 60, 16  # along the longer side; along a side of a tile
+CALM_TILES = 0.5  # part of the tiles that tell the noise of a pixel: others have structure
+
+
+class Tiles(NamedTuple):
+    """Medians of the tiles of a picture. The outermost tiles touch the borders."""
+
+    medians: np.ndarray  # (n_down, n_across, n_channels), data units; NaN where less than half can be measured
+    x: np.ndarray  # (n_across,): centers, pixels
+    y: np.ndarray  # (n_down,)
+    side: int  # pixels
+    noise: np.ndarray  # (n_channels,): standard deviation of a pixel in the calmer tiles, data units
+
+
+def sample_tiles(picture):
+    """Return the Tiles of a picture. Memory: its samples, at most 960 x 960 pixels."""
+    height, width, n_channels = picture.shape
+    side = min(max(8, round(max(height, width) / TILES)), height, width)
+    tops, lefts = (np.round(np.linspace(0, n - side, max(1, n // side))).astype(int) for n in (height, width))
+    inside = np.unique(np.round(np.linspace(0, side - 1, min(side, SAMPLES))).astype(int))
+    columns = (lefts[:, None] + inside).ravel()
+    # Some rows side by side cost less than single ones: 240 instead of 960 windows are read.
+    n_together = min(4, len(inside))
+    rows = np.unique(np.round(np.linspace(0, side - n_together, len(inside) // n_together)).astype(int))
+
+    def sampling(top):
+        parts = [picture.usable(slice(top + row, top + row + n_together), slice(0, width)) for row in rows.tolist()]
+        values, usable = (np.concatenate([part[i][:, columns] for part in parts]) for i in range(2))
+        values = values.reshape(len(values), len(lefts), -1, n_channels).transpose(1, 3, 0, 2)
+        values = np.ascontiguousarray(values).reshape(len(lefts), n_channels, -1)
+        usable = usable.reshape(len(usable), len(lefts), -1).transpose(1, 0, 2).reshape(len(lefts), -1)
+        return quartiles(values, usable)
+
+    with np.errstate(invalid='ignore', over='ignore'):
+        found = np.array(list(picture.starmap(sampling, [(top,) for top in tops.tolist()])))
+    lower, medians, upper = np.moveaxis(found, 2, 0)
+    deviation = ((upper - lower) / 1.349).reshape(-1, n_channels)  # of normal noise
+    deviation = np.sort(deviation[np.isfinite(deviation).all(axis=1)], axis=0)
+    # A mean, since quartiles of integers are integers.
+    calm = deviation[:math.ceil(CALM_TILES * len(deviation))]
+    noise = calm.mean(axis=0) if len(calm) else np.zeros(n_channels)
+    middle = (side - 1) / 2
+    return Tiles(medians, lefts + middle, tops + middle, side, noise)
+
+
+def quartiles(values, usable):
+    """Return lower quartile, median, upper quartile, (n_tiles, 3, n_channels), of (n_tiles, n_channels, n) values.
+
+    Of the usable ones, (n_tiles, n) bool; NaN if these are less than half.
+    """
+    n = values.shape[2]
+    kth = [n // 4, n // 2, n - 1 - n // 4]
+    found = np.partition(values, kth, axis=2)[..., kth].astype(float).transpose(0, 2, 1)
+    for i in np.flatnonzero(~usable.all(axis=1)):
+        some = values[i][:, usable[i]]
+        found[i] = np.quantile(some, (0.25, 0.5, 0.75), axis=1) if some.shape[1] > n / 2 else np.nan
+    return found
 
 
 # ---- Levels --------------------------------------------------------------------------------------
@@ -915,6 +1018,10 @@ def _blocks_of(kernel_bytes):
 SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the distance between points
 SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
 LEAST_PLACES = 8  # that a model is chosen from
+# Relative extent of centers across: where these all but lie on a line, a plane is level across it, unless more of them
+# show the tilt, as in a frame of 20000 x 60 pixels.
+LEAST_ACROSS = {'plane': 0.01, 'tilted plane': 1e-5}
+MOST_TILTED = 0.5  # of the squared errors of others: a tilt that few pixels across show has to be clear
 
 
 def distances_between(a, b):
@@ -948,14 +1055,14 @@ def trend_terms(places, centers, trend):
         return constant
     middle = centers.mean(axis=0)
     _, lengths, directions = np.linalg.svd(centers - middle, full_matrices=False)
-    known = lengths > 0.01 * lengths[0]  # across centers that all but lie on a line, the plane is level
+    known = lengths > LEAST_ACROSS[trend] * lengths[0]
     return np.hstack([constant, (places - middle) @ directions[known].T / lengths[known]])
 
 
 class AdaptiveModel(NamedTuple):
     """A trend and a multiquadric as chosen and solved, and how well they predict each point from the others."""
 
-    trend: str  # 'mean' or 'plane'
+    trend: str  # 'mean' or a kind of plane, see `LEAST_ACROSS`
     epsilon: float  # shape of the multiquadric, in pixels
     smooth: float  # scipy's smoothness
     plane: np.ndarray | None  # (3, n_channels): coefficients 1, x and y of the trend; None after `without_points`
@@ -1007,7 +1114,8 @@ def choose_model(centers, levels, leader, least_shape=0.0):
     # Three places can't judge a plane: it goes through all of them, without an error, and is chosen.
     with one_blas_thread():
         return min(_likeliest_of_each_trend((centers, levels, leader), rounding, least_shape),
-                   key=lambda model: ((model.errors / scale) ** 2).mean())
+                   key=lambda model: ((model.errors / scale) ** 2).mean()
+                   / (MOST_TILTED if model.trend == 'tilted plane' else 1))
 
 
 def _likeliest_of_each_trend(problem, rounding, least_shape):
@@ -1023,8 +1131,10 @@ def _likeliest_of_each_trend(problem, rounding, least_shape):
     # is singular.
     smoothness = SMOOTHNESS[len(distances) / 3 >= SMOOTHNESS]
     trends = []
-    for name in ('mean', 'plane'):
+    for name in ('mean', *LEAST_ACROSS):
         terms = trend_terms(centers, centers, name)
+        if name == 'tilted plane' and (terms.shape[1] == trends[-1].terms.shape[1] or len(centers) < LEAST_PLACES):
+            break
         residuals = without_trend(levels, terms)
         is_rough = (np.abs(residuals) > rounding).any(axis=0)
         trends.append(_Trend(name, terms, residuals * is_rough, is_rough))
@@ -1095,8 +1205,8 @@ def _solve(problem, trend, smooth, spectrum):
         trend_levels = levels - (kernel @ weights - smooth * weights)
         residuals = without_trend(trend_levels, terms) * trend.is_rough
     middle, slope = centers.mean(axis=0), np.zeros((2, levels.shape[1]))
-    if trend.name == 'plane':
-        slope = np.linalg.pinv(centers - middle, rcond=0.01) @ trend_levels
+    if trend.name != 'mean':
+        slope = np.linalg.pinv(centers - middle, rcond=LEAST_ACROSS[trend.name]) @ trend_levels
     plane = np.vstack([trend_levels.mean(axis=0) - middle @ slope, slope])
     return AdaptiveModel(trend.name, float(spectrum.epsilon), float(smooth), plane, weights, precision, leader,
                          *left_out_errors(weights, precision, leader))
@@ -1122,6 +1232,23 @@ def left_out_errors(weights, precision, leader):
             errors[left_out] = -covariance @ weights[left_out]
             variance[left_out, 0] = np.diag(covariance)
     return errors, errors / np.sqrt(np.where(variance > 0, variance, 1))
+
+
+def krige(model, centers, places):
+    """Return the weights of (n_centers, 2) centers in predictions at (n_places, 2) places, and the variance of these.
+
+    The former is (n_centers, n_places). The equations of `choose_model` are those of kriging, and give the variance of
+    the surface, (n_places,), in the units of standardized errors (Cressie 1993, Statistics for Spatial Data, section
+    3.4); a level has `model.smooth` more.
+    """
+    n_centers = len(centers)
+    inside, at = (np.hstack([multiquadric(distances_between(where, centers), model.epsilon),
+                             trend_terms(where, centers, model.trend)]) for where in (centers, places))
+    n_terms = inside.shape[1] - n_centers
+    equations = np.vstack([inside, np.hstack([inside[:, n_centers:].T, np.zeros((n_terms, n_terms))])])
+    equations[range(n_centers), range(n_centers)] -= model.smooth
+    shares = np.linalg.solve(equations, at.T)
+    return shares[:n_centers], np.maximum(np.einsum('ij,ji->i', at, shares) - 1, 0)
 
 
 def without_points(model, out):
@@ -1195,6 +1322,10 @@ class BackgroundModel(NamedTuple):
             at_nodes = self._at_nodes(x_nodes.ravel(), nodes).reshape(*x_nodes.shape, -1)
             along_x = (x_matrix @ at_nodes).reshape(-1, len(nodes), self.n_channels)[:width]
             yield top, y_matrix[:stop - start - top], np.ascontiguousarray(along_x.transpose(1, 0, 2))
+
+    def at_grid(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return the background at a grid of places, (len(y), len(x), n_channels), in data units."""
+        return self._at_nodes(x, y).transpose(1, 0, 2)
 
     def _at_nodes(self, x, y):
         """Return (len(x), len(y), n_channels) values, `BLOCK` pairs of node and center at a time."""
@@ -1421,6 +1552,8 @@ def significance(errors, standardized, least, usual=None):
 
 REFERENCE_AUTO = 24  # cells along the longer side: on nebulae, too, the more the better
 REFERENCE_MISFIT = 5.0  # typical errors: a point that fits the reference worse is left out
+MISREGISTERED = 5.0  # noises of levels: a reference that explains the points worse is not registered
+BENT, BENT_NOISES = 5.0, 1.0  # errors, and noises of levels: a larger square of its light shows that it is not linear
 LEAST_CORRELATION = 0.5  # of details: of the same field it is above 0.9, of another one below 0.15
 
 
@@ -1431,6 +1564,7 @@ class Beside(NamedTuple):
     scale: np.ndarray  # (n_channels,): of the reference's light in the picture
     error: np.ndarray  # (n_channels,): standard error of the scale
     unexplained: np.ndarray  # (n_channels,): standard deviation of what neither explains
+    bend: np.ndarray  # (2, n_channels): what the square of its light adds, RMS in data units, and over its error
 
 
 def fit_beside_reference(measured: Measured, reference: np.ndarray) -> Fit:
@@ -1473,7 +1607,7 @@ def fit_beside_reference(measured: Measured, reference: np.ndarray) -> Fit:
             break
         kept[kept] = fits
     background = measured.subset(kept)._replace(levels=(levels - scale * light)[kept])
-    beside = Beside(kept, scale, error, rms(fit.adaptive.errors))
+    beside = Beside(kept, scale, error, rms(fit.adaptive.errors), _bend_of(fit, background, light[kept]))
     return fit._replace(measured=background, beside=beside)
 
 
@@ -1495,6 +1629,39 @@ def _fit_scale(measured, light):
     left = np.maximum(total - scale * shared, 0) / max(1, len(levels) - terms.shape[1] - 1)
     correlation = shared / np.sqrt(np.maximum(own * total, TINY))
     return fit, scale, np.sqrt(left / np.maximum(own, TINY)), correlation
+
+
+@np.errstate(all='ignore')  # a constant reference
+def _bend_of(fit, background, light):
+    """Return what one more term, the square of the light, adds to the picture, see `Beside`: 0 if both are linear."""
+    centers, precision = background.points.centers, fit.adaptive.precision
+    terms = trend_terms(centers, centers, fit.adaptive.trend)
+    detail, curved, left = (without_trend(each, terms) for each in (light, light**2, background.levels))
+    known = precision @ detail
+    curved = curved - detail * ((curved * known).sum(axis=0) / (detail * known).sum(axis=0))
+    weighted = precision @ curved
+    own, shared = (weighted * curved).sum(axis=0), (weighted * left).sum(axis=0)
+    total = (left * (precision @ left)).sum(axis=0)
+    error = np.sqrt(np.maximum(total - shared**2 / own, 0) / max(1, len(left) - terms.shape[1] - 2) / own)
+    return np.nan_to_num(np.stack([np.abs(shared / own) * rms(curved), np.abs(shared / own) / error]))
+
+
+def check_beside(fit, picture):
+    """Return Findings of a reference that does not explain the picture, or is not linear."""
+    beside, noise, findings = fit.beside, np.median(fit.measured.noise, axis=0), []
+    scale = picture.scale
+    if (beside.unexplained > MISREGISTERED * noise).any():
+        findings.append(Finding(
+            'reference', f'the reference explains the points only to {in_words(scale * beside.unexplained)}, and the '
+            f'noise of their levels is {in_words(scale * noise)}', 'is it registered to the pixel?',
+            numbers={'noises': float((beside.unexplained / noise).max())}))
+    size, significant = beside.bend
+    if ((significant > BENT) & (size > BENT_NOISES * noise)).any():
+        findings.append(Finding(
+            'not linear', f'the reference is stretched, not linear like the picture, by {rounded(scale * size.max())}',
+            'use one that is not stretched',
+            numbers={'counts': float(scale * size.max()), 'significance': float(significant.max())}))
+    return findings
 
 
 def check_reference(shape, reference_shape):
@@ -1639,7 +1806,8 @@ def join_quiet_places(picture, n, sigma, given):
     indices = np.arange(len(given.x) + len(places))
     is_given = indices < len(given.x)
     sources = given.sources and (*given.sources, *[''] * len(places))
-    return Points(*np.hstack([given[:3], [*places.T, indices[~is_given]]]), sources), is_given
+    points = Points(*np.hstack([given[:3], [*places.T, indices[~is_given]]]), sources, is_chosen=len(places) > 0)
+    return points, is_given
 
 
 def measure_places(picture, points, sigma_and_robust, is_given):
@@ -1975,16 +2143,20 @@ def falls_from_border(excess, centers, size):
     return any(falling_part(excess[np.argsort(distance, kind='stable')]) > FALLS for distance in distances)
 
 
-def falling_part(values):
-    """Return the part of the squares of values that the nearest falling sequence explains: isotonic regression."""
-    blocks = []  # neighbors that rise are pooled
-    for value in values:
+def falling(values):
+    """Return the falling sequence nearest to values: isotonic regression by pooling neighbors that rise."""
+    blocks = []
+    for value in values.tolist():
         blocks.append((value, 1))
         while len(blocks) > 1 and blocks[-2][0] < blocks[-1][0]:
             (a, n), (b, m) = blocks[-2:]
             blocks[-2:] = [((a * n + b * m) / (n + m), n + m)]
-    fitted = np.concatenate([np.full(n, mean) for mean, n in blocks])
-    return 1 - ((values - fitted) ** 2).sum() / ((values**2).sum() + TINY)
+    return np.repeat([mean for mean, _ in blocks], [n for _, n in blocks])
+
+
+def falling_part(values):
+    """Return the part of the squares of values that the nearest falling sequence explains."""
+    return 1 - ((values - falling(values)) ** 2).sum() / ((values**2).sum() + TINY)
 
 
 class Followed(NamedTuple):
@@ -2065,17 +2237,10 @@ def predict_others(model, sites, is_sky):
     The equations of `choose_model` give the prediction, and its variance as in kriging, (n_others,). The quotient
     of both is a standardized error, as in `left_out_errors`.
     """
-    centers, levels = sites.points.centers, sites.levels
-    centers_of_sky, n_sky = centers[is_sky], is_sky.sum()
-    terms = trend_terms(centers, centers_of_sky, model.trend)
-    at = np.hstack([multiquadric(distances_between(centers, centers_of_sky), model.epsilon), terms])
-    n_terms = terms.shape[1]
-    equations = np.vstack([at[is_sky], np.hstack([terms[is_sky].T, np.zeros((n_terms, n_terms))])])
-    equations[range(n_sky), range(n_sky)] -= model.smooth
-    shares = np.linalg.solve(equations, at[~is_sky].T)
-    errors = levels[~is_sky] - shares[:n_sky].T @ levels[is_sky]
-    variance = model.smooth - 1 + np.einsum('ij,ji->i', at[~is_sky], shares)
-    return errors, np.sqrt(np.maximum(variance, 1e-12))
+    centers = sites.points.centers
+    shares, variance = krige(model, centers[is_sky], centers[~is_sky])
+    errors = sites.levels[~is_sky] - shares.T @ sites.levels[is_sky]
+    return errors, np.sqrt(np.maximum(variance + model.smooth, 1e-12))
 
 
 def find_quiet_places(picture, n, sigma):
@@ -2227,14 +2392,6 @@ def find_darkest(model, picture, rows=ROWS):
     return np.min(list(picture.each_strip(evaluating, rows)), axis=0)
 
 
-def lowest_of_coarse(model, height, width):
-    """Return about the lowest background, of some 100 x 100 pixels of the frame, and its place (x, y)."""
-    factor = max(1, max(height, width) // 100)
-    background = model.shrunk(factor).evaluate(0, -(-height // factor), -(-width // factor))
-    y, x, _ = np.unravel_index(background.argmin(), background.shape)
-    return background.min(), (int(x) * factor, int(y) * factor)
-
-
 def check_sky(sky, picture):
     """Raise RmgradientError if a level of the sky has too many channels, or is beyond integers of the picture."""
     if sky is None or isinstance(sky, str):
@@ -2286,6 +2443,8 @@ class Correction:
     picture: Picture  # that it is for: its type, blank value and scale are used
     settings: Settings
     misfits: list[tuple[int, float]]  # points that do not fit, see `find_misfits`
+    findings: tuple[Finding, ...] = ()  # what was noticed, the most important first
+    verdict: Finding = Finding('fit', 'fit: not judged')  # how far off the background is expected to be
 
     @property
     def points(self) -> Points:
@@ -2334,9 +2493,12 @@ class Correction:
         height, width, n_channels = picture.shape
         if n_channels != self.model.n_channels:
             raise RmgradientError(f'{n_channels} channels, and the correction is for {self.model.n_channels}')
-        corrected = np.empty(picture.shape, picture.dtype)
+        corrected, counts = np.empty(picture.shape, picture.dtype), np.zeros(3, int)
         for first, last in row_groups(height, self.settings.rows):
-            corrected[first:last] = self.corrected_strip(picture, first, last, start)[0][..., :n_channels]
+            strip, n_limited = self.corrected_strip(picture, first, last, start)
+            corrected[first:last] = strip[..., :n_channels]
+            counts[:2] += n_limited
+        warn(check_limits(self, picture, counts))
         corrected = corrected[..., 0] if not getattr(picture, 'has_channels', True) else corrected
         return np.ma.array(corrected, mask=image.mask) if isinstance(image, np.ma.MaskedArray) else corrected
 
@@ -2345,7 +2507,8 @@ class Correction:
 
         Extra samples stay as they are. So do values that are not finite or blank, and pixels that are transparent or
         without data (see `no_data`), which the classic way does not know; nothing else becomes blank. Returns all
-        samples, and how many pixels have a channel that became the smallest, and the largest integer.
+        samples, and how many pixels have a channel that became the smallest, and the largest integer, see
+        `newly_limited`.
         """
         strip, n_channels = picture.read(first, last), self.model.n_channels
         color, n_limited, dtype = strip[..., :n_channels], np.zeros(2, int), (strip.dtype, picture.blank)
@@ -2426,11 +2589,11 @@ def to_range(values, dtype_and_blank, noise=None):
     """Return float64 values that an integer dtype holds: after dither, rounding and limiting; floats as they are.
 
     None becomes blank, the value that stands for no data. Integers are made in place. Returns the values, and whether
-    some are at the smallest or the largest integer.
+    some are at the smallest or the largest integer, or floats outside of 0 ... 1.
     """
     dtype, blank = dtype_and_blank
     if np.dtype(dtype).kind == 'f':
-        return values, False
+        return values, values.min() < 0 or values.max() > 1
     if noise is not None:
         values += noise
     np.rint(values, out=values)
@@ -2446,9 +2609,13 @@ def to_range(values, dtype_and_blank, noise=None):
 def newly_limited(before, after, dtype_and_blank, uncounted):
     """Return how many pixels have a channel newly at the smallest, and at the largest integer.
 
-    After: float64 values of `to_range`. Uncounted: bool, broadcast with both.
+    Of floats, those below 0 and above 1 that were not. After: float64 values of `to_range`. Uncounted: bool, broadcast
+    with both.
     """
-    lowest, highest = range_of(*dtype_and_blank)
+    if np.dtype(dtype_and_blank[0]).kind == 'f':
+        lowest, highest = -TINY, math.nextafter(1, 2)
+    else:
+        lowest, highest = range_of(*dtype_and_blank)
     return np.array([np.count_nonzero((new & ~uncounted).any(axis=2))
                      for new in ((after <= lowest) & (before > lowest), (after >= highest) & (before < highest))])
 
@@ -2461,6 +2628,503 @@ def count_unfit(values, dtype):
     if limits.min <= values.min() and values.max() <= limits.max:
         return 0
     return np.count_nonzero(((values < limits.min) | (values > limits.max)).any(axis=2))
+
+
+# ---- Check of the result -------------------------------------------------------------------------
+
+NINTHS = 'upper left', 'top', 'upper right', 'left', 'middle', 'right', 'lower left', 'bottom', 'lower right'
+NO_SKY = 'set your own points on empty sky with --edit, mask what is no sky with --mask, or use a --reference'
+LEAST_SPAN = 0.06  # of the picture's area: with less, most is extrapolated
+LEAST_LIMITED = 0.1  # percent of the pixels
+LEAST_NOISE = 1e-4  # of the level of the sky: pictures with less noise are drawn
+# Expected errors
+COARSE = 3  # every third tile
+UNCERTAIN_AUTO, UNCERTAIN = 2.5, 1.2  # true errors over those that the points predict: for chosen and for given ones
+UNSURE = 1.2  # noises: what is a guess in a ninth of the frame
+GOOD, POOR = 0.15, 0.6  # noises: expected error
+SCATTERED = 5.0  # noises of levels: points that agree better are rather too few
+REASONS = {'step': 'there is a step', 'filled': 'there is no smooth sky', 'structure': 'it follows structure',
+           'corner': 'a corner stays', 'edge': 'an edge stays', 'part': 'a part of the frame is a guess'}
+# What is left in tiles, in noises of a pixel. Limits are set so that good results give no finding; see
+# docs/measurements.rst for what each finds.
+LEAST_EDGE, EDGE_DEPTH = 0.5, 5  # noises; tiles to what an edge is compared with, and as many of that
+LEAST_TILES = 2 * EDGE_DEPTH + 2  # across the picture
+UNEVEN = 0.45  # relative deviation of four in five tiles along an edge
+SHARE, SCATTERS, OTHERS = 0.85, 2.0, 10.0  # of the jumps along a step have its sign; its height over their scatter, and
+# over the jumps of parallel lines
+RAMP = -0.9, 0.35  # of a step's height: slopes beside it; a bend has more, the rebound beside a step less
+LEAST_CORNER, EXPLAINED, NARROW = 0.8, 0.85, 0.13  # noises; by the distance alone; half width over the longer side
+FINE, FINE_PART, FINE_SHAPE = 0.07, 0.14, 3.0  # noises; part of the model's scatter; distances between points
+
+
+class StepRule(NamedTuple):
+    """What a line of jumps has to be to be a step."""
+
+    least: float  # height, noises
+    even: float  # part of the height that is left in each quarter of it
+    slopes: np.ndarray  # tiles a tile
+
+
+STRAIGHT, PART = StepRule(0.4, 0.6, np.zeros(1)), StepRule(0.8, 0.75, np.zeros(1))
+SLANTED = StepRule(0.8, 0.6, np.linspace(-1, 1, 61))  # with 17 slopes, three of 24 slanted steps are found
+
+
+def find_edge(a):
+    """Return how much the first row of (n, m) levels stands out all along from those inside, and how many rows do.
+
+    (0.0, 0) if it does not.
+    """
+    a = a[:2 * EDGE_DEPTH + 2]
+    good = np.isfinite(a).all(axis=0)
+    if good.sum() < max(8, 0.6 * len(good)):
+        return 0.0, 0
+    a = a[:, good] - np.median(a[EDGE_DEPTH:, good], axis=0)
+    off = float(np.median(a[0]))
+    if abs(off) < LEAST_EDGE or np.quantile(np.abs(a[0] - off), 0.8) > UNEVEN * abs(off):
+        return 0.0, 0
+    inside = np.abs(np.median(a, axis=1)) < 0.2 * abs(off)
+    return off, int(inside.argmax()) if inside.any() else len(a)
+
+
+def find_step(a):
+    """Return height, row, slope and part of the sharpest step along a line across (n, m) levels; height 0.0 if none.
+
+    The line is straight, or slanted by a slope, or goes along the first (part -1) or last (part 1) half or third only.
+    """
+    bend = (a[1:-3] - a[:-4]) + (a[4:] - a[3:-1])
+    jump = a[3:-1] - a[1:-3] - bend  # between the rows before and behind, without the slopes beside these
+    m = jump.shape[1]
+    found = [(*step_along(jump, bend, STRAIGHT), 0)]
+    # Unless some tile jumps in most columns, no slanted line of them does.
+    if not found[0][0] and max((sign * jump >= SLANTED.least).any(axis=0).mean() for sign in (-1, 1)) >= 0.7:
+        found.append((*step_along(jump, bend, SLANTED), 0))
+    if not any(each[0] for each in found):
+        for part, columns in ((-1, slice(0, m // 2)), (1, slice(m // 2, m)), (-1, slice(0, m // 3)),
+                              (1, slice(-(m // 3), m))):
+            found.append((*step_along(jump[:, columns], bend[:, columns], PART), part))
+    height, row, slope, part = max(found, key=lambda each: abs(each[0]))
+    return height, row + 2, slope, part
+
+
+def step_along(jump, bend, rule):
+    """Return height, row and slope of the sharpest step of a rule along a line of (n, m) jumps; 0.0 without.
+
+    All along the line, the jumps have one sign and height, and lines parallel to it have none. It is no bend: the
+    slopes beside it are smaller.
+    """
+    best, score, (n, m) = (0.0, 0, 0.0), 0.0, jump.shape
+    if m < 8:
+        return best
+    column, slopes = np.arange(m), rule.slopes[:, None, None]
+    rows = np.arange(n)[:, None] + np.rint(slopes * (column - (m - 1) / 2)).astype(int)
+    known = np.isfinite(jump)
+    inside = (rows >= 0) & (rows < n)
+    rows = np.where(inside, rows, 0)
+    inside &= known[rows, column]
+    total, number = (np.sign(np.where(known, jump, 0))[rows, column] * inside).sum(axis=2), inside.sum(axis=2)
+    # Few lines pass this: then medians cost little.
+    for k, i in np.argwhere((number > 0.6 * m) & (np.abs(total) >= (2 * SHARE - 1) * number)):
+        here = inside[k, i]
+        values, height = jump[rows[k, i], column][here], np.median(jump[rows[k, i], column][here])
+        even = min(np.median(part) for part in np.array_split(values / height, 4))
+        if abs(height) < max(rule.least, SCATTERS * robust_std(values - height)) or even < rule.even or (
+                even * abs(height) <= score):
+            continue
+        parallel = np.abs(np.arange(n) - i) > 3
+        with warnings.catch_warnings(action='ignore'):  # lines outside
+            others = np.nanmedian(np.where(inside[k], jump[rows[k], column], np.nan)[parallel], axis=1)
+        others = 1.4826 * np.median(np.abs(np.nan_to_num(others)))
+        ramp = np.median(bend[rows[k, i], column][here]) / height
+        if abs(height) >= OTHERS * others and RAMP[0] < ramp <= RAMP[1]:
+            best, score = (float(height), int(i), float(rule.slopes[k])), even * abs(height)
+    return best
+
+
+def find_corner(a, x, y):
+    """Return how much (n, m) levels rise towards a corner, and within which distance half of that; (0.0, 0.0) if not.
+
+    x, y: distances of columns and rows from it, as parts of the longer side. A glow of an amplifier or a lamp is a
+    function of the distance from the corner alone; a nebula is not.
+    """
+    distance, known = np.hypot(x, y[:, None]), np.isfinite(a)
+    near, ring, inside = distance < 0.05, (distance > 0.2) & (distance < 0.32), known & (distance < 0.25)
+    if (known & near).sum() < 0.7 * near.sum() or (known & ring).sum() < 0.6 * ring.sum():
+        return 0.0, 0.0
+    base = np.median(a[known & ring])
+    rise = np.median(a[known & near]) - base
+    if abs(rise) < LEAST_CORNER:
+        return 0.0, 0.0
+    order = np.argsort(distance[inside], kind='stable')
+    r, values = distance[inside][order], np.sign(rise) * (a[inside][order] - base)
+    fitted = falling(values)
+    reach = 3 * robust_std(values - fitted)  # of stars, no more counts
+    fitted = falling(np.clip(values, fitted - reach, fitted + reach))
+    explained = 1 - ((values - fitted) ** 2).sum() / (values**2).sum()
+    half = r[min(np.searchsorted(-fitted, -0.4 * fitted[:3].mean()), len(r) - 1)]
+    return (float(rise), float(half)) if explained >= EXPLAINED and half <= NARROW else (0.0, 0.0)
+
+
+class Leftover(NamedTuple):
+    """What is left in the tiles of a corrected picture."""
+
+    levels: np.ndarray  # (n_down, n_across, n_channels), in noises of a pixel; NaN without data
+    background: np.ndarray  # the same of the background that was removed
+    tiles: Tiles
+    noise: np.ndarray  # (n_channels,): of a pixel, data units
+    picture: Picture
+
+    def strongest(self, find):
+        """Return what find(levels) gives for the channel whose first value is largest, and that channel."""
+        found = [(*find(self.levels[..., i]), i) for i in range(self.levels.shape[2])]
+        return max(found, key=lambda each: abs(each[0]))
+
+    def side(self, axis, is_end):
+        """Return the name of a side of the picture, as it is shown, by axis and end."""
+        return ('top', 'bottom')[is_end != self.picture.bottom_up] if axis == 0 else ('left', 'right')[is_end]
+
+    def box(self, axis, start, stop):
+        """Return left, top, right, bottom of a strip of rows (axis 0) or columns."""
+        height, width, _ = self.picture.shape
+        start, stop = max(0, round(start)), round(stop)
+        return (0, start, width, min(stop, height)) if axis == 0 else (start, 0, min(stop, width), height)
+
+    def words(self, noises, channel):
+        """Return a height in data units, and how it compares with the noise, in words."""
+        return f'{rounded(noises * self.noise[channel] * self.picture.scale)} {"brighter" if noises > 0 else "darker"}'
+
+
+def check_left(left):
+    """Return Findings of edges, steps and corners that are left, unless the picture is too small to tell."""
+    if min(left.levels.shape[:2]) < LEAST_TILES:
+        return []
+    edges, steps = check_edges(left), []
+    for axis in (0, 1):
+        height, row, slope, part, channel = left.strongest(lambda a, axis=axis: find_step(a if axis == 0 else a.T))
+        if height:
+            steps += describe_step(left, edges, (axis, height, row, slope, part, channel))
+    if len(steps) == 2 and any(each.numbers['slope'] for each in steps):  # one slanted step, found along both axes
+        steps = [max(steps, key=lambda each: abs(each.numbers['noises']))]
+    return steps or [*edges.values(), *check_corners(left, edges)]
+
+
+def check_edges(left):
+    """Return {side: Finding} of edges that fall or rise all along."""
+    edges = {}
+    for axis, is_end in itertools.product((0, 1), (False, True)):
+        inward = slice(None, None, -1 if is_end else 1)
+        off, n_rows, channel = left.strongest(lambda a, axis=axis, inward=inward: find_edge(
+            (a if axis == 0 else a.T)[inward]))
+        if off:
+            n, side = n_rows * left.tiles.side, left.side(axis, is_end)
+            edges[side] = edge_finding(left, (axis, is_end, n), off, channel)
+    return edges
+
+
+def edge_finding(left, place, noises, channel):
+    """Return the Finding of an edge; place: axis, whether it is at the end, and how wide it is in pixels."""
+    axis, is_end, n = place
+    size, side, lines = left.picture.shape[axis], left.side(axis, is_end), ('rows', 'columns')[axis]
+    box = left.box(axis, size - n, size) if is_end else left.box(axis, 0, n)
+    text = f'the last {n} {lines} at the {side} are {left.words(noises, channel)} than those inside'
+    return Finding('edge', text, 'crop them, or correct the flat', places=(box,),
+                   numbers={'noises': noises, 'side': side, 'pixels': n})
+
+
+def describe_step(left, edges, found):
+    """Return the Findings of a step; one close to a border is added to the edges: there is a strip to be cropped."""
+    axis, height, row, slope, part, channel = found
+    place, size = (left.tiles.y, left.tiles.x)[axis][row], left.picture.shape[axis]
+    is_end, longer = bool(place > size / 2), max(left.picture.shape[:2])
+    side, inside = left.side(axis, is_end), size - place if is_end else place
+    if side in edges and inside < 0.12 * longer and abs(height) < 0.7 * abs(edges[side].numbers['noises']):
+        return []  # the kink of an edge that falls off
+    if part and inside < 0.12 * longer:
+        return []  # something bright at the border
+    if inside < 0.08 * longer and not slope and not part:
+        edges[side] = edge_finding(left, (axis, is_end, round(inside)), height if is_end else -height, channel)
+        return []
+    line = 'yx'[axis]
+    where = f'a line that is slanted at {line} = {place:.0f}' if slope else f'{line} = {place:.0f}'
+    if part:
+        where += f', in the {left.side(1 - axis, part > 0)} half'
+    counts = rounded(height * left.noise[channel] * left.picture.scale)
+    text = f'a step of {"-" if height < 0 else ""}{counts} along {where}, which no smooth background removes'
+    box = left.box(axis, place - left.tiles.side, place + left.tiles.side)
+    return [Finding('step', text, 'stack with normalization, or crop', places=(box,), numbers={
+        'noises': height, 'slope': slope, 'pixel': float(place), 'part': float(place / size)})]
+
+
+def check_corners(left, edges):
+    """Return Findings of glows in corners away from edges that were found."""
+    (height, width, _), findings = left.picture.shape, []
+    longer = max(height, width)
+    for is_low, is_right in itertools.product((False, True), repeat=2):
+        vertical, horizontal = left.side(0, is_low), left.side(1, is_right)
+        if {vertical, horizontal} & set(edges):
+            continue
+        x, y = (abs(centers - is_end * size) / longer for centers, is_end, size in
+                ((left.tiles.x + 0.5, is_right, width), (left.tiles.y + 0.5, is_low, height)))
+        rise, half, channel = left.strongest(lambda a, x=x, y=y: find_corner(a, x, y))
+        if rise:
+            n, name = round(half * longer), f'{ {"top": "upper", "bottom": "lower"}[vertical]} {horizontal}'
+            box = (width - n if is_right else 0, height - n if is_low else 0, width if is_right else n,
+                   height if is_low else n)
+            findings.append(Finding(
+                'corner', f'the {name} corner stays {left.words(rise, channel)}, a glow that no point follows',
+                'crop it, or correct the single frames (darks, flats)', places=(box,),
+                numbers={'noises': rise, 'corner': name, 'pixels': n}))
+    return findings
+
+
+def expected_errors(fit, places_x, places_y, noise):
+    """Return the error of the background that the points predict, (n_y, n_x) in noises of a pixel, at a grid of places.
+
+    The deviation of kriging (Cressie 1993, Statistics for Spatial Data, section 3.4), in units that the leave-one-out
+    errors give, times what true errors of drawn skies are larger: automatic points are chosen to agree with each other.
+    """
+    x, y = np.meshgrid(places_x, places_y)
+    _, variance = krige(fit.adaptive, fit.model.centers, np.stack([x.ravel(), y.ravel()], axis=1))
+    usual = np.sqrt(((fit.adaptive.standardized / noise) ** 2).mean())
+    factor = UNCERTAIN_AUTO if fit.measured.points.is_chosen else UNCERTAIN
+    return factor * usual * np.sqrt(variance).reshape(x.shape)
+
+
+def check_structure(fit, left):
+    """Return the Finding of a model that follows structure: it bends between neighboring points, if any does."""
+    centers, background = fit.model.centers, left.background
+    n_down, n_across, n_channels = background.shape
+    if fit.adaptive.epsilon >= FINE_SHAPE * average_spacing(centers):
+        return []
+    x, y = np.meshgrid(np.linspace(-1, 1, n_across), np.linspace(-1, 1, n_down))
+    known = np.isfinite(left.levels).all(axis=2)
+    terms = legendre_terms(np.stack([x[known], y[known]], axis=1), 5)
+    values = background[known]
+    if len(terms) < 2 * terms.shape[1]:
+        return []
+    residuals = values - terms @ np.linalg.lstsq(terms, values, rcond=None)[0]
+    fine = np.sqrt((residuals**2).mean())
+    if fine <= max(FINE, FINE_PART * np.sqrt(values.var(axis=0).mean())):
+        return []
+    text = f'the background follows structure of {fit.adaptive.epsilon:.0f} pixels, and takes it from nebulae and dust'
+    return [Finding('structure', text, NO_SKY, numbers={'noises': float(fine), 'pixels': fit.adaptive.epsilon})]
+
+
+def check_parts(errors, left):
+    """Return the Finding of ninths of the frame where the expected errors, at every `COARSE`-th tile, are large."""
+    height, width, _ = left.picture.shape
+    row, column = ((centers[::COARSE] * 3 / size).astype(int) for centers, size in
+                   ((left.tiles.y, height), (left.tiles.x, width)))
+    if left.picture.bottom_up:
+        row = 2 - row
+    unsure = {}
+    for i, name in enumerate(NINTHS):
+        here = errors[np.ix_(row == i // 3, column == i % 3)]
+        here = here[np.isfinite(here)]
+        if here.size >= 6 and (error := np.sqrt((here**2).mean())) > UNSURE:
+            unsure[name] = error
+    if not 0 < len(unsure) <= 4:
+        return []
+    names = sorted(unsure, key=unsure.get, reverse=True)
+    counts = rounded(unsure[names[0]] * left.noise.mean() * left.picture.scale)
+    text = f'the background at the {", ".join(names)} is a guess, to {counts}'
+    numbers = {name: float(unsure[name]) for name in names}
+    return [Finding('part', text, 'add points of empty sky there', numbers=numbers)]
+
+
+def check_filled(points):
+    """Return the Finding of a frame full of nebula, where a stiff surface was taken, see `lower_sky`."""
+    if not points.least_shape:
+        return []
+    return [Finding('filled', 'no smooth sky fits the quiet places (nebula, galaxy, Milky Way or a seam?)', NO_SKY)]
+
+
+def check_span(points, picture):
+    """Return the Finding of points that span little of the frame."""
+    angles = np.linspace(0, 2 * np.pi, 256, endpoint=False)  # those farthest in these directions are the convex hull
+    x, y = points.centers[(points.centers @ [np.cos(angles), np.sin(angles)]).argmax(axis=0)].T
+    part = abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum()) / 2 / math.prod(picture.shape[:2])
+    if part >= LEAST_SPAN:
+        return []
+    text = f'the points span {100 * part:.2g} % of the picture, and beyond them the background is a guess'
+    return [Finding('span', text, 'spread them into the corners', numbers={'part': float(part)})]
+
+
+def check_below_zero(fit, left):
+    """Return the Finding of a background that falls below 0, though no level does, with the place."""
+    background = left.picture.physical(left.background * left.noise)
+    y, x, _ = np.unravel_index(background.argmin(), background.shape)
+    if not background.min() < 0 < left.picture.physical(fit.measured.levels).min():
+        return []
+    place = round(left.tiles.x[x]), round(left.tiles.y[y])
+    return [Finding('below zero', f'the background falls to {in_words([background.min()])}, below 0, near {place}',
+                    'add a point of empty sky there', places=(place,), numbers={'lowest': float(background.min())})]
+
+
+def check_misfits(fit, misfits, picture):
+    """Return the Findings of points that do not fit, or of points that hardly agree."""
+    points, findings = fit.measured.points, []
+    for i, error in misfits:
+        hint, advice = ('brighter', 'is it on a star or nebula?') if error > 0 else (
+            'darker', 'is it on a dust cloud or a border?')
+        if points.on_isoline[i]:
+            hint, advice = 'off', 'does the isoline run there?'
+        counts, verb = rounded(float(f'{picture.scale * abs(error):.3g}')), 'from' if hint == 'off' else 'than'
+        findings.append(Finding(
+            'misfit', f'{points.describe([i])} is {counts} {hint} {verb} what its neighbors suggest',
+            advice + (' If so, remove it with --edit' if points.is_chosen else ''),
+            places=((int(points.x[i]), int(points.y[i])),), numbers={'error': picture.scale * error}))
+    if len(points.x) > 4 and not misfits and hardly_agree(fit):  # fewer say nothing about each other
+        findings.append(Finding(
+            'scatter', 'the points hardly agree on a smooth background',
+            'look at --preview: are some on nebulae or stars? If not, a steep glow needs more of them'))
+    return findings
+
+
+def judge(fit, left, errors, findings):
+    """Return the verdict, a Finding of kind 'fit': how far off the background is expected to be.
+
+    Errors: of `expected_errors`. What was found in the result adds to these: a corner falls off over its width, an edge
+    as a square, and a step splits the frame.
+    """
+    area, added = math.prod(left.picture.shape[:2]), 0.0
+    for finding in findings:
+        if finding.kind in ('corner', 'edge'):
+            x0, y0, x1, y1 = finding.places[0]
+            share = (x1 - x0) * (y1 - y0) / area
+            added += finding.numbers['noises'] ** 2 * share / (3 if finding.kind == 'corner' else 5)
+        elif finding.kind == 'step':
+            part = finding.numbers['part']
+            added += finding.numbers['noises'] ** 2 * part * (1 - part)
+    noise, scale, kinds = float(left.noise.mean()), left.picture.scale, [finding.kind for finding in findings]
+    expected, agree = math.sqrt((errors**2).mean() + added), float(np.sqrt((fit.adaptive.errors**2).mean()))
+    few = len(np.unique(fit.measured.points.leader)) < LEAST_PLACES
+    word = 'poor' if expected >= POOR or 'step' in kinds or 'structure' in kinds else (
+        'fair' if expected >= GOOD or few or {'corner', 'edge', 'part'} & set(kinds) else 'good')
+    reason = ''
+    if word != 'good':
+        named = [words for kind, words in REASONS.items() if kind in kinds] + ['the points are few'] * few
+        spread = agree > SCATTERED * np.sqrt((fit.measured.noise**2).mean())
+        named.append('the points do not agree better' if spread else 'the points are far apart')
+        reason = f', because {named[0]}'
+    unit = ' counts' if left.picture.dtype.kind in 'ui' else ''
+    error = f'expected error {rounded(expected * noise * scale)}{unit}, {rounded(expected)} of the noise of a pixel'
+    agreement = '' if few else f'; the points agree to {rounded(agree * scale)}'  # few always do
+    text = f'fit: {word} ({error}{agreement}){reason}'
+    is_alone = not any(finding.severity == 'warning' for finding in findings)
+    advice = 'look at --preview' if word == 'poor' and is_alone else ''
+    return Finding('fit', text, advice, 'warning' if advice else 'remark', numbers={
+        'word': word, 'expected': expected * noise * scale, 'noises': expected, 'agree': agree * scale})
+
+
+@np.errstate(all='ignore')  # huge values
+def check_correction(correction, reference=None):
+    """Return a Correction with what is noticed about it: Findings, the most important first, and the verdict.
+
+    Where a reference, a Picture, has the pixels of the picture, its light is taken off the result first.
+    """
+    fit, picture, settings = correction.fit, correction.picture, correction.settings
+    if not fit.adaptive:
+        fit = fit._replace(adaptive=classic_as_adaptive(fit.measured, fit.model.epsilon, settings.smooth))
+    tiles, points = picture.tiles, fit.measured.points
+    background = fit.model.at_grid(tiles.x, tiles.y)
+    noise = tiles.noise + LEAST_NOISE * np.abs(np.median(fit.measured.levels, axis=0)) + TINY
+    levels = correction.leveled(tiles.medians, background - correction.sky)
+    if reference is not None and reference.shape[:2] == picture.shape[:2]:
+        levels = levels - fit.beside.scale * reference.tiles.medians
+    left = Leftover(levels / noise, background / noise, tiles, noise, picture)
+    errors = expected_errors(fit, tiles.x[::COARSE], tiles.y[::COARSE], noise)
+    known = np.isfinite(levels[::COARSE, ::COARSE]).all(axis=2)
+    known |= not known.any()
+    findings = check_below_zero(fit, left) + check_left(left)
+    if not correction.misfits:  # else these are what it follows
+        findings += check_structure(fit, left)
+    if fit.beside:
+        findings += check_beside(fit, picture)
+    findings += check_parts(np.where(known, errors, np.nan), left) + check_span(points, picture)
+    findings += check_misfits(fit, correction.misfits, picture)
+    filled = check_filled(points)
+    verdict = judge(fit, left, errors[known], findings + filled)
+    if verdict.numbers['word'] != 'good':
+        findings = filled + findings
+    if picture.mask is not None and picture.masked_share == 0:
+        findings.append(Finding('mask', 'the mask is 0 everywhere, and masks nothing', 'mask what is no sky with 255'))
+    findings += [Finding('file', remark) for remark in getattr(picture, 'remarks', ())]
+    return dataclasses.replace(correction, findings=tuple(findings), verdict=verdict)
+
+
+def classic_as_adaptive(measured, epsilon, smooth):
+    """Return an AdaptiveModel like the classic model, about the mean: its errors tell how far that may be off."""
+    centers, levels, leader = problem = measured.points.centers, measured.levels, measured.points.leader
+    terms = trend_terms(centers, centers, 'mean')
+    residuals = without_trend(levels, terms)
+    trend = _Trend('mean', terms, residuals, np.abs(residuals).max(axis=0) > 1e-10 * np.abs(levels).max(axis=0))
+    kernel = multiquadric(distances_between(centers, centers), epsilon)
+    return _solve(problem, trend, smooth + 1e-9, _decompose(kernel, epsilon))
+
+
+def check_limits(correction, picture, counts):
+    """Return Findings about the values of a corrected picture.
+
+    Counts: how many pixels have a channel that became the smallest, and the largest value; and of how many the
+    background does not fit in the type of the picture, see `Correction.corrected_strip` and `background_strip`.
+    """
+    findings, percents = [], 100 * np.asarray(counts[:2]) / math.prod(picture.shape[:2])
+    if picture.dtype.kind == 'f':
+        if percents.sum() >= LEAST_LIMITED:
+            findings.append(Finding(
+                'range', f'{rounded(percents.sum())} % of the pixels left 0 ... 1, which some programs cut off',
+                advised_sky(correction, picture, is_dark=percents[0] >= percents[1]), 'remark',
+                numbers={'percent': float(percents.sum())}))
+        return findings
+    for percent, color in zip(percents, ('black', 'white')):
+        if percent >= LEAST_LIMITED:
+            findings.append(Finding(color, f'{rounded(percent)} % of the pixels became {color}',
+                                    advised_sky(correction, picture, color == 'black'),
+                                    numbers={'percent': float(percent)}))
+    if counts[2]:
+        findings.append(Finding('background', f'the background of {counts[2]} pixels does not fit in the type of the '
+                                'picture, and was limited', 'add a point of empty sky near them',
+                                numbers={'pixels': int(counts[2])}))
+    return findings
+
+
+@np.errstate(all='ignore')
+def advised_sky(correction, picture, is_dark):
+    """Return advice with a level of the sky that keeps pixels from black, or from white, as far as one does."""
+    method, (height, width, n_channels) = correction.settings.method, picture.shape
+    stretch = '' if is_dark or method != 'subtract' else ', or keep white with --stretch'
+    words = 'raise the sky' if is_dark else 'lower the sky'
+    if method == 'divide':
+        return f'{words} with --sky, or subtract' if is_dark else f'{words} with --sky'
+    lowest, highest = (0.0, correction.white) if picture.dtype.kind == 'f' else range_of(picture.dtype, picture.blank)
+    samples = []
+    for y in np.unique(np.linspace(0, height - 1, 200).astype(int)).tolist():
+        values, usable = picture.usable(slice(y, y + 1), slice(0, width))
+        background = correction.model.evaluate(y, y + 1, width)
+        step = max(1, width // 1000)
+        samples.append(np.stack([values[usable][::step], background[usable][::step]]).astype(float))
+    values, background = np.concatenate(samples, axis=1)
+    outside = values.min(axis=1) <= lowest if is_dark else values.max(axis=1) >= highest
+    # Tried from near to far: what the largest part of pixels needs, then more.
+    sky = float(picture.physical(correction.sky).mean())
+    limit = float(picture.physical(highest if is_dark else lowest))
+    for part in np.linspace(0.02, 1, 50):
+        level = two_digits(sky + part * (limit - sky), is_dark)
+        stored = (level - picture.zero) / picture.scale
+        if not lowest < stored < highest:
+            break
+        tried = dataclasses.replace(correction, sky=np.full(n_channels, stored))
+        after = tried.leveled(values, background - stored)
+        limited = after.min(axis=1) <= lowest if is_dark else after.max(axis=1) >= highest
+        if (limited & ~outside).mean() < LEAST_LIMITED / 200:
+            return f'{words}, for example --sky {level:g}{stretch}'
+    return f'add a point of empty sky where it is dark{stretch}' if is_dark else f'{words} with --sky{stretch}'
+
+
+def two_digits(value, is_up):
+    """Return a value rounded up or down to two digits."""
+    unit = 10.0 ** (math.floor(math.log10(abs(value) or 1)) - 1)
+    return float(f'{(math.ceil if is_up else math.floor)(value / unit) * unit:.6g}')
 
 
 # ---- Chain ---------------------------------------------------------------------------------------
@@ -2493,15 +3157,14 @@ def correction_of(picture: Picture, measured: Measured, settings: Settings,
         with about(reference.path):
             levels = measure_levels(reference, measured.points, settings.sigma, robust=False).levels
             fit = fit_beside_reference(measured, levels)
-    misfits = [] if reference else find_misfits(fit)
-    correction = Correction(fit, find_sky(fit, picture, settings), picture, settings, misfits)
+    correction = Correction(fit, find_sky(fit, picture, settings), picture, settings, find_misfits(fit))
     if settings.method == 'stretch':
         if picture.dtype.kind == 'f':
             check_brightest(picture, correction.white, settings.rows)
         if (correction.sky >= correction.white).any():
             raise RmgradientError('to stretch, the sky has to be darker than white, '
                                   f'{in_words(picture.physical([correction.white]))}')
-    return correction
+    return check_correction(correction, reference)
 
 
 def check_brightest(picture, white, rows):
@@ -2561,7 +3224,16 @@ def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str
             raise RmgradientError("a reference needs smooth='auto'")
         beside = as_picture(reference)
         check_reference(picture.shape, beside.shape)
-    return correction_of(picture, measure_points(picture, given, chain, beside), chain, beside)
+    correction = correction_of(picture, measure_points(picture, given, chain, beside), chain, beside)
+    warn([correction.verdict, *correction.findings])
+    return correction
+
+
+def warn(findings):
+    """Issue Findings that are warnings as Python's."""
+    for finding in findings:
+        if finding.severity == 'warning':
+            warnings.warn(str(finding), RmgradientWarning, stacklevel=3)
 
 
 def remove_gradient(image: ArrayLike | Picture, points: ArrayLike | Points | str, *,
@@ -3702,14 +4374,16 @@ def read_binned(picture, window=None, n=1000):
 
 
 def correct_binned(correction, binned, background):
-    """Return the values of a Binned picture without its background, and where they became black, bool."""
+    """Return the values of a Binned picture without its background, and where they became black and white, bool."""
     dtype = correction.picture.dtype
-    lowest = np.iinfo(dtype).min if dtype.kind in 'ui' else 0
+    lowest, highest = range_of(dtype) if dtype.kind in 'ui' else (0, 1)
     with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
         after = correction.leveled(binned.values, background - correction.sky)
     if not correction.settings.is_classic:
         after = np.where(binned.untouched[..., None], binned.values, after)
-    return after, ((after <= lowest) & (binned.values > lowest)).any(axis=2)
+    before = binned.values
+    return after, *(new.any(axis=2) for new in ((after <= lowest) & (before > lowest),
+                                                (after >= highest) & (before < highest)))
 
 
 def in_colors(picture):
@@ -3772,7 +4446,7 @@ def draw_preview(file, kind, picture, correction):
     binned = read_binned(picture)
     before, factor = binned.values, binned.factor
     background = correction.model.shrunk(factor).evaluate(0, *before.shape[:2])
-    after, black = correct_binned(correction, binned, background)
+    after, black, _ = correct_binned(correction, binned, background)
     misfits = [i for i, _ in correction.misfits]
     panel = 6 * np.array([width, height]) / max(width, height)
     grid = (3, 1) if width > 2.5 * height else (1, 3)
@@ -3858,6 +4532,11 @@ def choose_toolkit():
                           'PySide6')
 
 
+def _kind_of(points):
+    """Return what is known of Points besides their places."""
+    return {'least_shape': points.least_shape, 'is_chosen': points.is_chosen}
+
+
 class Editor:
     """A window to set points by hand, with the background or the result beside the picture.
 
@@ -3874,7 +4553,7 @@ class Editor:
         import matplotlib.pyplot as plt
         self.picture, self.settings, self._save = picture, settings, save
         self._title, self.correction = os.path.basename(picture.path), None
-        self._least_shape = points.least_shape if isinstance(points, Points) else 0.0
+        self._kept = _kind_of(points) if isinstance(points, Points) else {}  # what its pairs do not tell
         pairs = points.pairs if isinstance(points, Points) else points
         self.pairs, self.accepted, self._shows_result = np.asarray(pairs, float).reshape(-1, 2), False, True
         self._done, self._undone, self._saved, self._drawn = [], [], self.pairs, []
@@ -3928,7 +4607,7 @@ class Editor:
     def points(self, least=3):
         """Return the points that can be used, see `make_points`."""
         points = make_points(np.delete(self.pairs, list(self.unusable), axis=0), least=least)
-        return points._replace(least_shape=self._least_shape)
+        return points._replace(**self._kept)
 
     def update(self):
         """Measure what is new, fit, and draw."""
@@ -3936,7 +4615,11 @@ class Editor:
         try:
             measured = self._measure_points(self.points())
             self.correction = correction_of(self.picture, measured, self.settings)
-            text = f'{len(measured.points.x)} points in use'
+            text = f'{len(measured.points.x)} points in use; {self.correction.verdict.text}'
+            self.findings = self._find_limits()
+            if shown := [each for each in (*self.correction.findings, *self.findings)
+                         if each.severity == 'warning' and each.kind != 'misfit']:
+                text = shown[0].text + f'; fit: {self.correction.verdict.numbers["word"]}'
             usable = np.delete(np.arange(len(self.pairs)), list(unusable)).tolist()
             self.misfits = [usable[i] for i, _ in self.correction.misfits]
         except RmgradientError as error:
@@ -3949,6 +4632,14 @@ class Editor:
         self.status.set_text(f'{text}\n{self.HELP}')
         self.left.set_title(self._title + ('' if self._is_saved() else ' - points not saved'), fontsize=10)
         self.figure.canvas.draw_idle()
+
+    def _find_limits(self):
+        """Return the Findings about the values of the result, from the pixels that are shown."""
+        binned = self._binned
+        background = self.correction.model.shrunk(binned.factor).evaluate(0, *binned.values.shape[:2])
+        _, *limited = correct_binned(self.correction, binned, background)
+        share = [math.prod(self.picture.shape[:2]) * each[~binned.untouched].sum() / each.size for each in limited]
+        return check_limits(self.correction, self.picture, [*share, 0])
 
     def _is_saved(self):
         return np.array_equal(self._saved, self.pairs)
@@ -4003,7 +4694,7 @@ class Editor:
             shown = self.correction.model.shrunk(self._binned.factor).evaluate(0, *shown.shape[:2])
             name = 'background (v: result)'
             if self._shows_result:
-                shown, _ = correct_binned(self.correction, self._binned, shown)
+                shown, *_ = correct_binned(self.correction, self._binned, shown)
                 like, name = shown, 'result (v: background)'
         self._images[1].set_data(self._stretch(shown, like))
         self.right.set_title(name, fontsize=10)
@@ -4077,7 +4768,7 @@ class Editor:
                 given = self.points(least=1) if len(self.pairs) > len(self.unusable) else None
                 n, sigma = self.settings.auto or AUTO, self.settings.sigma
                 points = choose_points(self.picture, n, sigma, given).points
-                self._least_shape = points.least_shape
+                self._kept = _kind_of(points)
                 self._change(points.pairs)
             elif key == 'v':
                 self._shows_result = not self._shows_result
@@ -4110,9 +4801,6 @@ class Editor:
 # ---- Pipeline ------------------------------------------------------------------------------------
 
 OUTPUTS = {'output': '', 'background': '', 'save_points': '.txt', 'preview': '.png'}  # endings in a folder
-MISREGISTERED = 5.0  # noises of levels: a reference that explains the points worse is not registered
-LEAST_SPAN = 0.15  # of the picture's area, were the points spread evenly; with less, most is extrapolated
-NINTHS = 'upper left', 'top', 'upper right', 'left', None, 'right', 'lower left', 'bottom', 'lower right'
 
 
 class Job(NamedTuple):
@@ -4135,7 +4823,8 @@ def process(options):
     inputs = [path for path in (*options.input, options.reference, options.mask) if path]
     if options.points_file not in (None, '-', options.save_points):
         inputs.append(options.points_file)  # else it is read before it is replaced
-    check_paths(inputs, [path for job in jobs for path in job.outputs.values()], options.overwrite)
+    outputs = [path for job in jobs for path in job.outputs.values()]
+    check_paths(inputs, [*outputs, *([options.report] if options.report else [])], options.overwrite)
     if options.preview:
         with about(options.preview):
             load_matplotlib()
@@ -4144,19 +4833,31 @@ def process(options):
     if len(jobs) > 1 or options.edit:  # it takes a while: see the begin of this file
         gc.enable()
     given = read_points(options)
-    alone, n_failed = len(jobs) == 1, 0
+    alone, n_failed, reports = len(jobs) == 1, 0, []
     for job in progress_bar('picture', shown=not alone)(jobs, len(jobs)):
         try:
             with about(job.path):
-                process_picture(job, given, options)
+                reports.append(process_picture(job, given, options))
         except (RmgradientError, MemoryError) as error:
             if alone:
                 raise
             logger.error('%s', explain(error, job.path))
+            reports.append({'picture': job.path, 'error': str(explain(error, job.path))})
             n_failed += 1
+    if options.report:
+        write_report(reports, options)
     if n_failed:
         others = '; the others are done' if n_failed < len(jobs) else ''
         raise RmgradientError(f'{n_failed} of {len(jobs)} pictures failed{others}')
+
+
+def write_report(reports, options):
+    """Write a JSON object a line, for each picture that was corrected or failed."""
+    import json
+    lines = [json.dumps(as_json(report), allow_nan=False) for report in reports if report]
+    with about(options.report), whole_files({'report': options.report}, options.overwrite) as files:
+        files['report'].write(''.join(f'{line}\n' for line in lines).encode('ascii'))
+    logger.info('%s: written', options.report)
 
 
 def list_jobs(options):
@@ -4203,19 +4904,29 @@ def process_picture(job, given, options):
           open_beside(options.mask, picture, check_mask) as mask):
         if mask:
             picture.mask = Flipped(mask) if mask.bottom_up != picture.bottom_up else mask
-            report_mask(picture, options.rows)
-        check_picture(picture, job, given, options)
+            if picture.masked_share == 1:
+                raise RmgradientError(f'the mask {mask.path} is 0 nowhere: it has to be 0 where there is sky')
+            logger.info('%s: %.3g %% of the picture is masked', picture.path, 100 * picture.masked_share)
+        check_outputs(picture, job, options)
+        early = check_options(picture, given, options)
+        show(picture, early)
+        if picture.bottom_up and (given.points or options.edit or 'save_points' in job.outputs):
+            logger.info('%s: y of points counts from the bottom row, the first that is stored', picture.path)
         if given.points is not None or settings.auto is not None:
             measured = measure_points(picture, given.points, settings, reference)
-            report_chosen(picture, measured, settings)
+            if chosen := measured.chosen:
+                logger.info('%s: %d points chosen from %d quiet places%s', picture.path,
+                            len(measured.points.x) - chosen.n_given, chosen.n_places,
+                            f' in addition to {chosen.n_given} given' if chosen.n_given else '')
         if options.edit:
             points = edit_points(picture, measured.points if settings.auto is not None else given.points, job, options)
             if points is None:
                 logger.info('%s: left without a change', job.path)
-                return
+                return None
             measured = measure_levels(picture, points, settings.sigma)
         correction = correction_of(picture, measured, settings, reference)
-        report_correction(picture, correction)
+        show(picture, [correction.verdict, *correction.findings])
+        log_details(picture, correction)
         with whole_files(job.outputs, options.overwrite) as files:
             counts = write_pictures(job.outputs, files, picture, correction)
             if 'save_points' in files:
@@ -4225,7 +4936,12 @@ def process_picture(job, given, options):
                 kind = os.path.splitext(job.outputs['preview'])[1][1:].lower()
                 with about(job.outputs['preview']):
                     draw_preview(files['preview'], kind, picture, correction)
-    report_written(job.outputs, picture, correction, counts)
+        late = check_limits(correction, picture, counts)
+    show(picture, late)
+    for kind, path in job.outputs.items():
+        level = f'; the sky is level at {in_words(picture.physical(correction.sky))}' if kind == 'output' else ''
+        logger.info('%s: written%s', path, level)
+    return report_of(job, correction, counts, [*early, *correction.findings, *late])
 
 
 @contextlib.contextmanager
@@ -4250,34 +4966,30 @@ def check_mask(shape, mask_shape):
                               'a mask has the same size')
 
 
-def report_mask(picture, rows):
-    """Log how much of a picture is masked; RmgradientError if all is."""
-    def masking(start, stop):
-        return np.count_nonzero(picture.is_masked(slice(start, stop), slice(0, picture.shape[1])))
-
-    share = sum(picture.each_strip(masking, rows)) / (picture.shape[0] * picture.shape[1])
-    if share == 1:
-        raise RmgradientError(f'the mask {picture.mask.path} is 0 nowhere: it has to be 0 where there is sky')
-    if share == 0:
-        logger.warning('%s: the mask %s is 0 everywhere, and masks nothing', picture.path, picture.mask.path)
-    logger.info('%s: %.3g %% of the picture is masked', picture.path, 100 * share)
-
-
-def check_picture(picture, job, given, options):
-    """Warn of what is left out or does not suit a picture, or raise RmgradientError, before anything slow."""
-    for remark in picture.remarks:
-        logger.warning('%s: %s', picture.path, remark)
+def check_outputs(picture, job, options):
+    """Raise RmgradientError if an output can't be as the picture is, before anything slow."""
     for kind in [kind for kind in ('output', 'background') if kind in job.outputs]:
         with about(job.outputs[kind]):
             check_output(picture, job.outputs[kind], options.compress)
     check_sky(options.sky, picture)
+
+
+def check_options(picture, given, options):
+    """Return Findings of what on the command line does not suit a picture."""
+    findings = []
     if given.size not in (None, picture.shape[:2]):
-        logger.warning('%s: has %d x %d pixels, and the points were saved for a picture of %d x %d', picture.path,
-                       *picture.shape[1::-1], *given.size[::-1])
+        saved, ours = (f'{size[1]} x {size[0]} pixels' for size in (given.size, picture.shape))
+        findings.append(Finding('size', f'the points were saved for a picture of {saved}, and this one has {ours}',
+                                'look at --preview'))
     if options.dither and picture.dtype.kind == 'f':
-        logger.warning('%s: --dither is for integers, and changes nothing here', picture.path)
-    if picture.bottom_up and (given.points or options.edit or 'save_points' in job.outputs):
-        logger.info('%s: y of points counts from the bottom row, the first that is stored', picture.path)
+        findings.append(Finding('dither', 'floating point numbers are not rounded', 'leave --dither out'))
+    return findings
+
+
+def show(picture, findings):
+    """Log Findings of a picture."""
+    for finding in findings:
+        logger.log(logging.WARNING if finding.severity == 'warning' else logging.INFO, '%s: %s', picture.path, finding)
 
 
 def edit_points(picture, points, job, options):
@@ -4331,13 +5043,13 @@ def read_points(options):
             logger.warning('%s: some lines hold more than a pair of numbers; only the first two are used%s',
                            name, ': are the first ones the numbers of the points?' if most == 2 else '')
         points = make_points(pairs, [f'{name}, line {i}' for i in line_numbers], least)
-    saved = re.match(r'# .*, (\d{1,9}) x (\d{1,9}) pixels, sigma ([\d.]+)(?:, shape at least (\d{1,9}(?:\.\d*)?))?$',
-                     lines[0])
+    saved = re.match(r'# .*, (\d{1,9}) x (\d{1,9}) pixels, sigma ([\d.]+)(, chosen automatically)?'
+                     r'(?:, shape at least (\d{1,9}(?:\.\d*)?))?$', lines[0])
     if saved and saved[3] != f'{options.sigma:g}':
         logger.warning('%s: the points were saved with --sigma %s, and are used with %g', name, saved[3],
                        options.sigma)
-    if saved and saved[4]:
-        points = points._replace(least_shape=float(saved[4]))
+    if saved:
+        points = points._replace(is_chosen=bool(saved[4]), least_shape=float(saved[5] or 0))
     return Given(points, saved and (int(saved[2]), int(saved[1])))
 
 
@@ -4346,6 +5058,8 @@ def encode_points(picture, points, settings):
     height, width, _ = picture.shape
     lines = [f'# {printable(os.path.basename(picture.path))}, {width} x {height} pixels, sigma {settings.sigma:g}',
              *format_points_file(points)]
+    if points.is_chosen:
+        lines[0] += ', chosen automatically'
     if points.least_shape:
         lines[0] += f', shape at least {points.least_shape:g}'
     return ('\n'.join(lines) + '\n').encode('utf-8', 'replace')
@@ -4386,97 +5100,58 @@ def progress_bar(unit, text='', shown=True):
         results, desc=f'{work}{text}', total=total, unit=unit, delay=1, leave=False)
 
 
-def report_chosen(picture, measured, settings):
-    """Log how many points were chosen, and warn of what makes the background uncertain."""
-    chosen, n = measured.chosen, settings.auto or AUTO
-    if not chosen:
-        return
-    finer = 'a finer grid (-a 25)' if n < 25 else 'a smaller --sigma'
-    points = measured.points
-    logger.info('%s: %d points chosen from %d quiet places%s', picture.path, len(points.x) - chosen.n_given,
-                chosen.n_places, f' beside {chosen.n_given} given' if chosen.n_given else '')
-    if not chosen.agree:
-        logger.warning('%s: the quiet places do not agree on one smooth sky (nebula, galaxy, Milky Way or a seam?): '
-                       'check --preview, set your own points with --edit, mask what is no sky with --mask, or use a '
-                       '--reference', picture.path)
-    if parts := parts_without(points, picture):
-        logger.warning('%s: no point at the %s, where the background is a guess; %s may find some, or give '
-                       'some (-p, -f or --edit)', picture.path, ', '.join(parts), finer)
-
-
-def parts_without(points, picture):
-    """Return the names of the outer ninths of the frame that have no point, as the picture is shown."""
-    height, width, _ = picture.shape
-    y = height - 1 - points.y if picture.bottom_up else points.y
-    ninths = 3 * (3 * y // height) + 3 * points.x // width
-    return [name for i, name in enumerate(NINTHS) if name and i not in ninths]
-
-
-def report_correction(picture, correction):
-    """Log what was fitted, and warn of what makes it uncertain."""
-    (height, width, _), fit = picture.shape, correction.fit
+def log_details(picture, correction):
+    """Log how the model was chosen, for --verbose."""
+    fit = correction.fit
     if fit.beside:
-        report_reference(picture.path, fit)
-        return
-    points, levels, noise, _ = fit.measured
-    part = 12 * math.sqrt(max(0, np.linalg.det(np.cov(points.centers.T)))) / (height * width)
-    if part < LEAST_SPAN:
-        logger.warning('%s: the points span %.2g %% of the picture, and beyond them the background is a '
-                       'guess; spread them into the corners', picture.path, 100 * part)
-    if not fit.adaptive:
-        return
-    smooth = np.format_float_positional(fit.adaptive.smooth, 2, fractional=False, trim='-')
-    logger.info('%s: model: %s and a multiquadric of shape %.0f pixels and smoothness %s', picture.path,
-                fit.adaptive.trend, fit.adaptive.epsilon, smooth)
-    if len(points.x) > 4:  # fewer say nothing about each other
-        logger.info('%s: points are predicted from the others to %s (root mean square); the noise of their '
-                    'levels is %s', picture.path, in_words(picture.scale * rms(fit.adaptive.errors)),
-                    in_words(picture.scale * np.median(noise, axis=0)))
-    lowest, place = lowest_of_coarse(fit.model, height, width)
-    if picture.physical(lowest) < 0 < picture.physical(levels).min():
-        logger.warning('%s: the background falls to %s, below 0, near %s, where no point holds it; add one '
-                       'of empty sky there', picture.path, in_words([picture.physical(lowest)]), place)
-    if len(points.x) > 4 and not correction.misfits and hardly_agree(fit):
-        logger.warning('%s: the points hardly agree on a smooth background: some may be on nebulae or stars, '
-                       'or the glow needs more of them; look at --preview', picture.path)
-    for i, error in correction.misfits:
-        hint = 'brighter than its neighbors suggest: on a star or nebula?' if error > 0 else (
-            'darker than its neighbors suggest: on a dust cloud or border?')
-        if points.on_isoline[i]:
-            hint = 'off what its neighbors suggest: does the isoline run there?'
-        rounded = in_words([float(f'{picture.scale * abs(error):.3g}')])
-        logger.warning('%s: %s is %s %s', picture.path, points.describe([i]), rounded, hint)
+        scales = [f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(fit.beside.scale, fit.beside.error)]
+        logger.debug('%s: %d of %d points fit the reference, whose scale is %s', picture.path, fit.beside.kept.sum(),
+                     len(fit.beside.kept), ', '.join(scales))
+    if fit.adaptive:
+        smooth = np.format_float_positional(fit.adaptive.smooth, 2, fractional=False, trim='-')
+        logger.debug('%s: model: %s and a multiquadric of shape %.0f pixels and smoothness %s', picture.path,
+                     fit.adaptive.trend, fit.adaptive.epsilon, smooth)
+        logger.debug('%s: the points agree to %s (root mean square), the noise of their levels is %s', picture.path,
+                     in_words(picture.scale * rms(fit.adaptive.errors)),
+                     in_words(picture.scale * np.median(fit.measured.noise, axis=0)))
 
 
-def report_reference(path, fit):
-    """Log how well a reference fits."""
-    beside, noise = fit.beside, np.median(fit.measured.noise, axis=0)
-    if (beside.unexplained > MISREGISTERED * noise).any():
-        logger.warning('%s: the reference explains the points to %s, and the noise of their levels is %s: is '
-                       'it registered to the pixel?', path, in_words(beside.unexplained), in_words(noise))
-    scales = [f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(beside.scale, beside.error)]
-    logger.info('%s: %d of %d points fit the reference, whose scale is %s; they are predicted from the '
-                'others to %s', path, beside.kept.sum(), len(beside.kept), ', '.join(scales),
-                in_words(beside.unexplained))
+def report_of(job, correction, counts, findings):
+    """Return what is known about a corrected picture, for --report: a dict that `as_json` takes."""
+    picture, fit, settings = correction.picture, correction.fit, correction.settings
+    points, scale = fit.measured.points, picture.scale
+    model = {'kind': 'classic', 'shape': fit.model.epsilon, 'smoothness': settings.smooth}
+    if fit.adaptive:
+        model = {'kind': 'adaptive', 'trend': fit.adaptive.trend, 'shape': fit.model.epsilon,
+                 'smoothness': fit.adaptive.smooth}
+    report = {
+        'picture': job.path, 'outputs': job.outputs,
+        'versions': {'rmgradient': __version__, 'python': sys.version.split()[0], 'numpy': np.__version__,
+                     'tifffile': tifffile.__version__},
+        'size': picture.shape[1::-1], 'channels': picture.shape[2], 'type': str(picture.dtype),
+        'settings': dataclasses.asdict(settings), 'points': points.pairs, 'on_isoline': points.on_isoline,
+        'levels': picture.physical(fit.measured.levels), 'noise': scale * fit.measured.noise,
+        'residuals': None if fit.adaptive is None else scale * fit.adaptive.errors, 'model': model,
+        'sky': picture.physical(correction.sky),
+        'counts': dict(zip(('lowest', 'highest', 'background'), counts)),
+        'verdict': correction.verdict, 'findings': findings}
+    if fit.beside:
+        report['reference'] = {'scale': fit.beside.scale, 'error': fit.beside.error,
+                               'n_points': len(fit.beside.kept), 'n_kept': fit.beside.kept.sum()}
+    return report
 
 
-def report_written(outputs, picture, correction, counts):
-    """Log what was written, and warn of pixels, counts as of `write_pictures`, that became black or white."""
-    percents = 100 * counts[:2] / (picture.shape[0] * picture.shape[1])
-    keep = '' if correction.settings.method == 'stretch' else ', or keep white with --stretch'
-    cures = ('raise the sky with --sky NUMBER, or add a point of empty sky in a dark corner that has none',
-             f'lower the sky with --sky NUMBER{keep}')
-    for percent, color, cure in zip(percents, ('black', 'white'), cures):
-        if percent > 0:
-            words = f'{percent:.2f} %' if percent >= 0.01 else 'less than 0.01 %'
-            logger.log(logging.WARNING if percent >= 0.1 else logging.INFO,
-                       '%s: %s of the pixels became %s; %s', outputs['output'], words, color, cure)
-    if counts[2]:
-        logger.warning('%s: the background of %d pixels is beyond what integers of the type hold, and was '
-                       'limited; a point of empty sky near them may help', outputs['background'], counts[2])
-    for kind, path in outputs.items():
-        level = f'; the sky is level at {in_words(picture.physical(correction.sky))}' if kind == 'output' else ''
-        logger.info('%s: written%s', path, level)
+def as_json(value):
+    """Return a value as JSON has it: arrays as lists, Findings as objects, and null for what is no finite number."""
+    if isinstance(value, Finding):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {key: as_json(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [as_json(each) for each in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -4516,6 +5191,8 @@ def build_parser():
     files.add_argument('--save-points', metavar='FILE', help='write the points used, for -f')
     files.add_argument('--preview', metavar='FILE', type=preview_name, help='picture of before with points, '
                        'background, and after (PNG, PDF or SVG by its ending; needs matplotlib)')
+    files.add_argument('--report', metavar='FILE', help='write what was found out about each picture as JSON, a line '
+                       'for each: points, levels, model, warnings and how good the fit is')
     files.add_argument('--overwrite', action='store_true', help='replace files that exist')
 
     choice = parser.add_argument_group('points', 'at least one of these; -a adds to those of -p or -f')
@@ -4567,7 +5244,9 @@ def build_parser():
                             help='add noise of one count before integers are rounded, so that no bands show')
 
     other = parser.add_argument_group('other')
-    other.add_argument('-q', '--quiet', action='store_true', help='errors and warnings only')
+    how_much = other.add_mutually_exclusive_group()
+    how_much.add_argument('-q', '--quiet', action='store_true', help='errors and warnings only')
+    how_much.add_argument('-v', '--verbose', action='store_true', help='also show how the model was chosen')
     other.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     other.add_argument('-h', '--help', action='help', help='show this help')
     return parser
@@ -4605,7 +5284,7 @@ def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(None if argv is None else [os.fspath(word) for word in argv])
     outputs = [getattr(options, kind) for kind in OUTPUTS]
-    if '' in (*options.input, *outputs, options.points_file, options.reference, options.mask):
+    if '' in (*options.input, *outputs, options.points_file, options.reference, options.mask, options.report):
         parser.error('the name of a file is empty')
     if not (options.edit or any(outputs)):
         parser.error('nothing to write: give -o/--output, or --save-points, --preview or -b/--background')
@@ -4622,7 +5301,7 @@ def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
             options.points = parse_coordinates(options.points)
         except RmgradientError as error:
             parser.error(f'argument -p/--points: {error}')
-    with log_to_stderr(quiet=options.quiet):
+    with log_to_stderr(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO):
         try:
             with signals_handled(interrupt):
                 process(options)
@@ -4646,11 +5325,10 @@ def explain(error, path):
 
 
 @contextlib.contextmanager
-def log_to_stderr(quiet):
+def log_to_stderr(level):
     """Show our messages, one line each, and none of libraries, which complain of errors or of no matter."""
     handler, silent = _Handler(), logging.CRITICAL + 1
-    levels = {'rmgradient': logging.WARNING if quiet else logging.INFO,
-              'tifffile': silent, 'matplotlib': silent}
+    levels = {'rmgradient': level, 'tifffile': silent, 'matplotlib': silent}
     with contextlib.ExitStack() as restore:
         for name, level in levels.items():
             each = logging.getLogger(name)
@@ -4663,7 +5341,7 @@ def log_to_stderr(quiet):
 
 class _Handler(logging.StreamHandler):
     def format(self, record):
-        kind = '' if record.levelno == logging.INFO else f'{record.levelname.lower()}: '
+        kind = '' if record.levelno <= logging.INFO else f'{record.levelname.lower()}: '
         return f'rmgradient: {kind}{printable(record.getMessage())}'
 
     def emit(self, record):

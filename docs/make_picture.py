@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the pictures of the README and of the pages beside this script from test_data/sky.tif."""
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib.figure
@@ -64,3 +65,21 @@ for (above, below), (title, chosen) in zip(figure.subplots(2, 3).T, choices.item
     for axes in (above, below):
         axes.set_axis_off()
 figure.savefig(here / 'points.jpg', dpi=90)
+
+
+# What the check of the result names: a step, an edge that falls off, and a glow in a corner.
+y, x = np.mgrid[:400, :600].astype(float)
+plain = 1000 + 0.4 * x + 0.2 * y + np.random.default_rng(1).normal(0, 10, x.shape)
+inner = [(x, y) for x in range(80, 560, 88) for y in range(80, 360, 60)]
+left = {'step': 40.0 * (x > 240), 'edge': -60 * np.clip((40 - x) / 40, 0, 1),
+        'corner': 300 * np.exp(-np.hypot(x, y) / 25)}
+figure = matplotlib.figure.Figure(figsize=(12, 3.2), layout='constrained')
+with warnings.catch_warnings(action='ignore'):
+    for axes, (kind, defect) in zip(figure.subplots(1, 3), left.items()):
+        frame = (plain + defect)[..., None]
+        correction = rmgradient.find_correction(frame, inner)
+        result = correction.apply(frame)
+        axes.imshow(np.repeat(stretch(result), 3, axis=2))
+        axes.set_title(next(each.text for each in correction.findings if each.kind == kind).split(',')[0], fontsize=9)
+        axes.set_axis_off()
+figure.savefig(here / 'messages.jpg', dpi=90)

@@ -7,7 +7,7 @@
 
 
 
-_shtab_rmgradient_option_strings=(-i --input -o --output -b --background -c --compress --save-points --preview --overwrite -p --points -f --points-file -a --auto --edit -s --sigma -m --smooth -r --rows --mask --reference --divide --stretch --white --sky --dither -q --quiet --version -h --help)
+_shtab_rmgradient_option_strings=(-i --input -o --output -b --background -c --compress --save-points --preview --report --overwrite -p --points -f --points-file -a --auto --edit -s --sigma -m --smooth -r --rows --mask --reference --divide --stretch --white --sky --dither -q --quiet -v --verbose --version -h --help)
 
 _shtab_rmgradient__i_COMPGEN=_shtab_compgen_files
 _shtab_rmgradient___input_COMPGEN=_shtab_compgen_files
@@ -33,6 +33,8 @@ _shtab_rmgradient___stretch_nargs=0
 _shtab_rmgradient___dither_nargs=0
 _shtab_rmgradient__q_nargs=0
 _shtab_rmgradient___quiet_nargs=0
+_shtab_rmgradient__v_nargs=0
+_shtab_rmgradient___verbose_nargs=0
 _shtab_rmgradient___version_nargs=0
 _shtab_rmgradient__h_nargs=0
 _shtab_rmgradient___help_nargs=0

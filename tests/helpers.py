@@ -84,6 +84,7 @@ def correction(image, background, sky=0.0, **settings):
 
 def correct(image, shift, method='subtract', sky=0.0, dither=False):
     """Return an image without a background that is as far above the sky as shift; zeros are data in it."""
+    shift = np.broadcast_to(shift, image.shape)
     image = np.pad(image, ((0, 0), (1, 1), (0, 0)), constant_values=1)
     background = np.pad(shift, ((0, 0), (1, 1), (0, 0)), constant_values=0.5) + sky
     return correction(image, background, sky, method=method, dither=dither).apply(image)[:, 1:-1]

@@ -43,7 +43,7 @@ def test_manual_page_has_no_faults():
 
 @pytest.mark.skipif(not shutil.which('bash'), reason='needs bash')
 @pytest.mark.parametrize(('words', 'expected'), [('--sa', ['--save-points']), ('--sky d', ['darkest']),
-                                                 ('--re', ['--reference'])])
+                                                 ('--ref', ['--reference'])])
 def test_bash_completes(words, expected):
     words = ['rmgradient', *words.split()]
     script = (f'source {ROOT}/docs/rmgradient.bash\nCOMP_WORDS=({" ".join(words)})\nCOMP_CWORD={len(words) - 1}\n'

@@ -327,7 +327,7 @@ def test_signals_leave_nothing(cli, number, status, overwrite):
     assert time.monotonic() - start < 5
     assert process.returncode == status, message
     assert 'Traceback' not in message
-    assert 'error' not in message
+    assert 'error: ' not in message
     assert cli.files() == (['out.tif'] if overwrite else []) + ['sky.tif']
     assert not overwrite or (cli.folder / 'out.tif').read_text() == 'old'
 

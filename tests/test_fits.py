@@ -451,7 +451,7 @@ def test_mask_lies_as_it_is_displayed(run):
     scaled.header['BZERO'] = 100.0
     scaled.writeto('zero.fits')
     assert run.cli('-i', 'sky.fits', '-o', 'out.fits', '--mask', 'zero.fits', '--overwrite', points=points) == 0
-    assert 'the mask zero.fits is 0 everywhere, and masks nothing' in run.cli.stderr
+    assert 'the mask is 0 everywhere, and masks nothing' in run.cli.stderr
 
 
 @pytest.mark.parametrize(('dtype', 'scale', 'zero'), [('i2', 0.02, 400.0), ('i2', -0.5, 9000.0), ('u1', 3.0, -20.0),
@@ -496,7 +496,7 @@ def test_blank_at_the_limit_does_not_hide_what_became_black(run):
         assert run.cli('-i', 'sky.fits', '-o', 'out.fits', '--sky', str(level), '--overwrite', points=points) == 0
         raw = fits.getdata('out.fits', do_not_scale_image_data=True)
         percent = 100 * (raw == blank + (1 if color == 'black' else -1)).mean()
-        assert f'{percent:.2f} % of the pixels became {color}' in run.cli.stderr
+        assert f'{rg.rounded(percent)} % of the pixels became {color}' in run.cli.stderr
         assert percent > 0.1
         assert not (raw == blank).any()
 
@@ -559,7 +559,8 @@ def test_nothing_of_astropy_is_loaded(run):
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import rmgradient; "
             f"rmgradient.main('-q -i sky.fits -o x.fits -s 2 -p {points}'.split()); print('astropy' in sys.modules)")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=run.cli.folder)
-    assert (done.stdout, done.stderr) == ('False\n', '')
+    assert done.stdout == 'False\n'
+    assert 'error: ' not in done.stderr
 
 
 @pytest.mark.parametrize('text', [

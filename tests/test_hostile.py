@@ -3,6 +3,7 @@
 import fractions
 import io
 import itertools
+import logging
 import os
 import struct
 import subprocess
@@ -276,7 +277,7 @@ def test_nothing_unprintable_gets_out(cli):
     (cli.folder / 'sky.tif').rename(cli.folder / name)
     assert cli('-i', name, '--save-points', 'points') == 0
     assert '\x1b' not in cli.stderr
-    assert 'sky\\x1b[31m\\n1 2.tif: model' in cli.stderr
+    assert 'sky\\x1b[31m\\n1 2.tif: fit: ' in cli.stderr
     assert len(rg.parse_points_file((cli.folder / 'points').read_text().splitlines())[0]) == len(cli.points)
     for arguments in (['-i', '\x1b[31m'], ['-o', 'no\nfolder\x07/x.tif'], ['--reference', '\x1b\u202e\x9b']):
         assert cli(*arguments) == 1
@@ -457,7 +458,7 @@ def test_no_more_results_wait_than_said():
 
 def test_message_for_which_there_is_no_memory(monkeypatch):
     """It ends the program, which then says so in one line, instead of being a traceback of logging's."""
-    with rg.log_to_stderr(quiet=False):
+    with rg.log_to_stderr(logging.INFO):
         monkeypatch.setattr(rg, 'printable', lambda text: bytearray(2**62))
         with pytest.raises(MemoryError):
             rg.logger.error('no memory')
@@ -469,6 +470,6 @@ def test_messages_to_nobody(monkeypatch, capsys):
             raise BrokenPipeError
     with monkeypatch.context() as patch_:
         patch_.setattr(sys, 'stderr', Gone())
-        with rg.log_to_stderr(quiet=False):
+        with rg.log_to_stderr(logging.INFO):
             rg.logger.error('nobody reads this')
     assert capsys.readouterr().err == ''

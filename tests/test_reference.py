@@ -187,7 +187,7 @@ def two(cli):
 
 
 def test_command_line(two):
-    assert two('--reference', 'best.tif', '-b', 'bg.tif', '--save-points', 'points', points=['-a']) == 0
+    assert two('-v', '--reference', 'best.tif', '-b', 'bg.tif', '--save-points', 'points', points=['-a']) == 0
     assert 'points fit the reference, whose scale is 5.24' in two.stderr  # 0.8 x 65535 is 52428
     assert 'is it registered' not in two.stderr
     off = (tifffile.imread('bg.tif') - two.background)[2::4, 2::4]
