@@ -2715,29 +2715,35 @@ def step_along(jump, bend, rule):
     best, score, (n, m) = (0.0, 0, 0.0), 0.0, jump.shape
     if m < 8:
         return best
-    column, slopes = np.arange(m), rule.slopes[:, None, None]
-    rows = np.arange(n)[:, None] + np.rint(slopes * (column - (m - 1) / 2)).astype(int)
-    known = np.isfinite(jump)
-    inside = (rows >= 0) & (rows < n)
-    rows = np.where(inside, rows, 0)
-    inside &= known[rows, column]
-    total, number = (np.sign(np.where(known, jump, 0))[rows, column] * inside).sum(axis=2), inside.sum(axis=2)
+    lines = _lines_of(n, m, len(rule.slopes))
+    jump, bend = (np.vstack([each, np.full(m, np.nan)]) for each in (jump, bend))  # the last row is outside
+    known, sign = np.isfinite(jump).astype(np.int8), np.sign(np.nan_to_num(jump)).astype(np.int8)
+    number, total = (each.ravel()[lines].sum(axis=2, dtype=np.int16) for each in (known, sign))
+    jump, bend = jump.ravel(), bend.ravel()
     # Few lines pass this: then medians cost little.
     for k, i in np.argwhere((number > 0.6 * m) & (np.abs(total) >= (2 * SHARE - 1) * number)):
-        here = inside[k, i]
-        values, height = jump[rows[k, i], column][here], np.median(jump[rows[k, i], column][here])
+        line = lines[k, i][np.isfinite(jump[lines[k, i]])]
+        values, height = jump[line], float(np.median(jump[line]))
         even = min(np.median(part) for part in np.array_split(values / height, 4))
         if abs(height) < max(rule.least, SCATTERS * robust_std(values - height)) or even < rule.even or (
                 even * abs(height) <= score):
             continue
-        parallel = np.abs(np.arange(n) - i) > 3
+        parallel = lines[k][np.abs(np.arange(n) - i) > 3]
         with warnings.catch_warnings(action='ignore'):  # lines outside
-            others = np.nanmedian(np.where(inside[k], jump[rows[k], column], np.nan)[parallel], axis=1)
-        others = 1.4826 * np.median(np.abs(np.nan_to_num(others)))
-        ramp = np.median(bend[rows[k, i], column][here]) / height
+            others = 1.4826 * np.median(np.abs(np.nan_to_num(np.nanmedian(jump[parallel], axis=1))))
+        ramp = np.median(bend[line]) / height
         if abs(height) >= OTHERS * others and RAMP[0] < ramp <= RAMP[1]:
-            best, score = (float(height), int(i), float(rule.slopes[k])), even * abs(height)
+            best, score = (height, int(i), float(rule.slopes[k])), even * abs(height)
     return best
+
+
+@functools.lru_cache(maxsize=64)
+def _lines_of(n, m, n_slopes):
+    """Return the (n_slopes, n, m) indices of lines in raveled (n + 1, m) values; those outside are in the last row."""
+    column = np.arange(m)
+    slopes = (SLANTED if n_slopes > 1 else STRAIGHT).slopes[:, None, None]
+    rows = np.arange(n)[:, None] + np.rint(slopes * (column - (m - 1) / 2)).astype(np.int32)
+    return np.where((rows >= 0) & (rows < n), rows, n) * m + column
 
 
 def find_corner(a, x, y):

@@ -450,7 +450,8 @@ def test_command_library_and_window_say_the_same(cli, monkeypatch):
     assert said == texts
     _, all_at_once = warned(lambda: rg.remove_gradient(sky, GRID, sky=150))
     assert said == all_at_once
-    editor = rg.Editor(rg.open_picture('sky.tif'), np.array(GRID), rg.Settings(sky=150), save=None)
+    with rg.open_picture('sky.tif') as picture:
+        editor = rg.Editor(picture, np.array(GRID), rg.Settings(sky=150), save=None)
     assert [str(each) for each in editor.correction.findings] == at_first
     assert editor.correction.verdict == correction.verdict
     assert correction.findings[0].text in editor.status.get_text()
@@ -459,11 +460,12 @@ def test_command_library_and_window_say_the_same(cli, monkeypatch):
 def test_window_says_anew_after_each_change(cli):
     pytest.importorskip('matplotlib').use('Agg')
     tifffile.imwrite('sky.tif', gray(PLANE))
-    editor = rg.Editor(rg.open_picture('sky.tif'), np.array(GRID), rg.Settings(), save=None)
-    assert 'fit: good' in editor.status.get_text()
-    editor.pairs = np.array([(100, 100), (200, 100), (300, 300)])
-    editor.update()
-    assert 'the points span' in editor.status.get_text()
+    with rg.open_picture('sky.tif') as picture:
+        editor = rg.Editor(picture, np.array(GRID), rg.Settings(), save=None)
+        assert 'fit: good' in editor.status.get_text()
+        editor.pairs = np.array([(100, 100), (200, 100), (300, 300)])
+        editor.update()
+        assert 'the points span' in editor.status.get_text()
 
 
 def test_report(cli):
