@@ -514,6 +514,7 @@ class Picture:
     mask: Picture | None = None  # not 0 where pixels are not to be measured
     scale, zero = 1.0, 0.0  # of physical values: scale * value + zero
     bottom_up = False  # whether the first row is at the bottom
+    has_wcs = False  # whether its header has coordinates in the sky, see `wcs`
     starmap: Callable = staticmethod(itertools.starmap)  # works on groups of rows: `threads` gives a faster one
 
     def read(self, start: int, stop: int, left: int = 0, right: int | None = None) -> np.ndarray:
@@ -578,6 +579,10 @@ class Picture:
         values = self.mask.read(rows.start, rows.stop, columns.start, columns.stop)
         return (self.mask.physical(values[..., :self.mask.shape[2]]) != 0).any(axis=2)
 
+    def wcs(self):
+        """Return the astropy.wcs.WCS of its pixels, counted from 0; NotRegistered if there is none that can be used."""
+        raise NotRegistered('has no coordinates in the sky (WCS)')
+
     def physical(self, values):
         """Return stored values as physical ones."""
         return values if (self.scale, self.zero) == (1, 0) else self.scale * np.asarray(values) + self.zero
@@ -590,6 +595,16 @@ class Picture:
     def tiles(self) -> Tiles:
         """Medians of its tiles, see `sample_tiles`; sampled once."""
         return sample_tiles(self)
+
+    @functools.cached_property
+    def stars(self) -> np.ndarray:
+        """Places of its brightest stars, see `find_stars`."""
+        return find_stars(self)
+
+    @functools.cached_property
+    def flipped(self) -> Picture:
+        """The same upside down."""
+        return Flipped(self)
 
     @functools.cached_property
     def masked_share(self) -> float:
@@ -614,7 +629,9 @@ class Flipped(Picture):
 
     def __init__(self, picture):
         self._picture, self.path, self.shape, self.n_samples = picture, picture.path, picture.shape, picture.n_samples
-        self.dtype, self.scale, self.zero = picture.dtype, picture.scale, picture.zero
+        for name in ('dtype', 'scale', 'zero', 'blank', 'alpha', 'starmap'):
+            setattr(self, name, getattr(picture, name))
+        self.mask = picture.mask and picture.mask.flipped
 
     def read(self, start, stop, left=0, right=None):
         height = self.shape[0]
@@ -670,7 +687,7 @@ def as_picture(image: ArrayLike | Picture, mask: ArrayLike | None = None) -> Pic
         masks[i] = each.reshape(*each.shape[:2], -1).astype(bool).any(axis=2)
     if masks:
         picture = copy.copy(picture)  # the caller's has no mask
-        for cached in ('tiles', 'masked_share'):
+        for cached in ('tiles', 'stars', 'flipped', 'masked_share'):
             vars(picture).pop(cached, None)
         picture.mask = ArrayPicture(np.any(masks, axis=0))
     return picture
@@ -824,10 +841,29 @@ class Measured(NamedTuple):
     levels: np.ndarray  # (n_points, n_channels), data units; on an isoline those of its leader
     noise: np.ndarray  # (n_points, n_channels): standard errors of the levels
     chosen: Chosen | None = None  # None for points that were all given
+    reference: ReferenceLevels | None = None  # at the same points, if there is a reference
 
     def subset(self, kept):
         """Return what was measured at some of the points, (n_points,) bool."""
-        return self._replace(points=self.points.subset(kept), levels=self.levels[kept], noise=self.noise[kept])
+        reference = self.reference and self.reference.subset(kept)
+        return self._replace(points=self.points.subset(kept), levels=self.levels[kept], noise=self.noise[kept],
+                             reference=reference)
+
+
+class ReferenceLevels(NamedTuple):
+    """Levels of a reference at points, in its own units; it has the channels of the picture, or one."""
+
+    levels: np.ndarray  # (n_points, n_channels)
+    plain: np.ndarray  # the same with the light of stars
+    ours: np.ndarray  # (n_points, n_channels) levels of the picture, with the light of stars
+    zero: np.ndarray  # (n_channels,) from which its light is counted: does not depend on the points
+    is_same_type: bool = False  # as the picture
+    n_lost: int = 0  # given points that can't be measured on it
+    where: str = ''  # how it lies on the picture, in words
+
+    def subset(self, kept):
+        """Return the levels of some of the points, (n_points,) bool."""
+        return self._replace(levels=self.levels[kept], plain=self.plain[kept], ours=self.ours[kept])
 
 
 def without_trend(values, terms):
@@ -923,20 +959,30 @@ def measured_from(points, windows):
 
 def measure_window(picture, place, kernel, robust):
     """Return the Window of a picture around a place (x, y); Unusable says why there is none."""
+    rows, columns = _around(picture, place, kernel)
+    window = _robust_window if robust else _plain_window
+    with np.errstate(invalid='ignore', over='ignore'):
+        share, window = window(picture, rows, columns, kernel)
+    check_window(share, window, kernel)
+    return window
+
+
+def _around(picture, place, kernel):
+    """Return the slices of rows and columns that a kernel reaches around a place (x, y); Unusable if it is masked."""
     (x, y), radius = place, len(kernel) // 2
     at = slice(int(y), int(y) + 1), slice(int(x), int(x) + 1)
     if picture.mask is not None and picture.is_masked(*at).any():
         raise Unusable('is in the mask; move it, or change the mask')
-    rows, columns = slice(y - radius, y + radius + 1), slice(x - radius, x + radius + 1)
-    window = _robust_window if robust else _plain_window
-    with np.errstate(invalid='ignore', over='ignore'):
-        share, window = window(picture, rows, columns, kernel)
+    return slice(y - radius, y + radius + 1), slice(x - radius, x + radius + 1)
+
+
+def check_window(share, window, kernel):
+    """Raise Unusable if a window has too few usable pixels, or too large values."""
     if share < LEAST_SHARE:
-        raise Unusable(f'has data at only {100 * share:.0f} % of what is averaged within {radius} pixels; '
+        raise Unusable(f'has data at only {100 * share:.0f} % of what is averaged within {len(kernel) // 2} pixels; '
                        'move it or use a smaller sigma')
     if not np.isfinite(window.level).all():
         raise Unusable('has values that are too large to average')
-    return window
 
 
 def _plain_window(picture, rows, columns, kernel):
@@ -960,23 +1006,40 @@ def _plain_window(picture, rows, columns, kernel):
 
 def _robust_window(picture, rows, columns, kernel):
     """Return the share of the weight on usable pixels, and a Window of the mean of those that are no outliers."""
-    step = max(1, len(kernel) // 512)  # 512 x 512 pixels of a large window are enough
+    values, usable, kernel = _read_window(picture, rows, columns, kernel)
+    return _mean_of(values, usable, usable & _is_near_median(values, usable), kernel)
+
+
+def _read_window(picture, rows, columns, kernel):
+    """Return (n_channels, n, n) float64 values, (n, n) usable, and the kernel; some 512 x 512 of large windows."""
+    step = max(1, len(kernel) // 512)
     if step == 1:
         values, usable = picture.usable(rows, columns)
     else:
         parts = [picture.usable(slice(y, y + 1), columns) for y in range(rows.start, rows.stop, step)]
         values, usable = (np.concatenate([part[i][:, ::step] for part in parts]) for i in range(2))
         kernel = kernel[::step] / kernel[::step].sum()
+    values = np.where(usable[..., None], values, 0).transpose(2, 0, 1)
+    return np.ascontiguousarray(values, float), usable, kernel
+
+
+def _is_near_median(values, usable):
+    """Return where (n_channels, n, n) values are within `CLIP` deviations of the median of the usable ones, bool."""
+    data = values.reshape(len(values), -1) if usable.all() else values[:, usable]
+    if not data.size:
+        return np.zeros(values.shape, bool)
+    median = medians(data)[:, None]
+    reach, median = CLIP * 1.4826 * medians(np.abs(data - median))[:, None, None], median[..., None]
+    # More than half of the pixels of drawn pictures are the same: no outlier can be told.
+    return (np.abs(values - median) <= reach) | (reach == 0)
+
+
+def _mean_of(values, usable, kept, kernel):
+    """Return the share of the weight on usable pixels, and a Window of the mean of those kept, as in `_read_window`."""
     weights = kernel[:, None] * kernel
     share = weights.sum(where=usable)
     if share < LEAST_SHARE:
         return share, None
-    values = np.ascontiguousarray(np.where(usable[..., None], values, 0).transpose(2, 0, 1), float)
-    data = values.reshape(len(values), -1) if usable.all() else values[:, usable]
-    median = medians(data)[:, None]
-    reach, median = CLIP * 1.4826 * medians(np.abs(data - median))[:, None, None], median[..., None]
-    # More than half of the pixels of drawn pictures are the same: no outlier can be told.
-    kept = usable & ((np.abs(values - median) <= reach) | (reach == 0))
     weights = weights * kept
     total = weights.sum(axis=(1, 2))
     level = (weights * values).sum(axis=(1, 2)) / total
@@ -1018,6 +1081,7 @@ def _blocks_of(kernel_bytes):
 SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the distance between points
 SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
 LEAST_PLACES = 8  # that a model is chosen from
+EXACT = 1e-3  # noises of levels: residuals below are none
 # Relative extent of centers across: where these all but lie on a line, a plane is level across it, unless more of them
 # show the tilt, as in a frame of 20000 x 60 pixels.
 LEAST_ACROSS = {'plane': 0.01, 'tilted plane': 1e-5}
@@ -1090,12 +1154,12 @@ class _Spectrum(NamedTuple):
     vectors: np.ndarray  # (n_points, n_points - 1)
 
 
-def choose_model(centers, levels, leader, least_shape=0.0):
+def choose_model(points, levels, least_error=0.0):
     """Choose the trend, shape and smoothness that predict levels best where there are none, and solve the model.
 
-    Takes (n_points, 2) centers, (n_points, n_channels) levels and the leader of each, equal for points that
-    share a level; returns one AdaptiveModel for all channels, so that colors stay together. With a least shape, in
-    pixels, the surface is stiff.
+    Takes Points and their (n_points, n_channels) levels. Residuals up to a least error count as zero, (n_channels,) in
+    data units. Returns one AdaptiveModel for all channels, so that colors stay together. If points have a least shape,
+    the surface is stiff.
 
     With trend P and kernel matrix A of the multiquadric, weights w and trend b solve `(A - smooth) w + P b =
     levels` under `P' w = 0`: the trend takes all it can, and what is left to the multiquadric is a well-posed
@@ -1109,11 +1173,12 @@ def choose_model(centers, levels, leader, least_shape=0.0):
     surface by chance. Likelihoods of different trends cannot be compared, so the trend is chosen by
     leave-one-out errors (`left_out_errors`).
     """
-    rounding = 1e-10 * np.abs(levels).max(axis=0)
+    problem = points.centers, levels, points.leader
+    rounding = np.maximum(1e-10 * np.abs(levels).max(axis=0), least_error)
     scale = levels.std(axis=0) + rounding + TINY
     # Three places can't judge a plane: it goes through all of them, without an error, and is chosen.
     with one_blas_thread():
-        return min(_likeliest_of_each_trend((centers, levels, leader), rounding, least_shape),
+        return min(_likeliest_of_each_trend(problem, rounding, points.least_shape),
                    key=lambda model: ((model.errors / scale) ** 2).mean()
                    / (MOST_TILTED if model.trend == 'tilted plane' else 1))
 
@@ -1403,7 +1468,8 @@ def fit_background(measured: Measured, smooth: float | str = 'auto') -> Fit:
     """
     points, levels = measured.points, measured.levels
     if Settings(smooth=smooth).smooth == 'auto':
-        adaptive = choose_model(points.centers, levels, points.leader, points.least_shape)
+        # What is far below the noise is an exact reference, and would decide about the shape alone.
+        adaptive = choose_model(points, levels, EXACT * np.median(measured.noise, axis=0))
         model = BackgroundModel(points.centers, adaptive.weights, adaptive.epsilon, adaptive.plane)
         return Fit(measured, model, adaptive)
     from scipy.interpolate import Rbf  # takes longer to load than most pictures to correct
@@ -1447,7 +1513,7 @@ def find_misfits(fit: Fit) -> list[tuple[int, float]]:
     """
     if not fit.adaptive:
         return []
-    points, levels, noise, _ = fit.measured
+    points, levels, noise = fit.measured[:3]
     model, kept, misfits, least_error = fit.adaptive, np.arange(len(levels)), [], MISFIT * np.median(noise, axis=0)
     while worst := (_find_worst(model, points.centers[kept], least_error)
                     or _find_pair(model, points.centers[kept], least_error)):
@@ -1455,7 +1521,7 @@ def find_misfits(fit: Fit) -> list[tuple[int, float]]:
         kept = kept[~np.isin(points.leader[kept], points.leader[[i for i, _ in misfits]])]
         if len(kept) < 4:
             break
-        model = choose_model(points.centers[kept], levels[kept], points.leader[kept], points.least_shape)
+        model = choose_model(points.subset(np.isin(np.arange(len(levels)), kept)), levels[kept])
     return misfits
 
 
@@ -1553,8 +1619,16 @@ def significance(errors, standardized, least, usual=None):
 REFERENCE_AUTO = 24  # cells along the longer side: on nebulae, too, the more the better
 REFERENCE_MISFIT = 5.0  # typical errors: a point that fits the reference worse is left out
 MISREGISTERED = 5.0  # noises of levels: a reference that explains the points worse is not registered
+SAME = 0.4  # noises of levels: two pictures never agree so well
+WEAK = 0.03  # relative error of the scale: if levels without stars say less, those with stars are better
 BENT, BENT_NOISES = 5.0, 1.0  # errors, and noises of levels: a larger square of its light shows that it is not linear
 LEAST_CORRELATION = 0.5  # of details: of the same field it is above 0.9, of another one below 0.15
+# Registration by stars
+MOST_STARS, LEAST_STARS = 400, 8  # to refine a registration, and to believe it
+BRIGHT, STAR = 50, 6.0  # stars whose triangles are compared; deviations above what is around
+MATCHED = 1.0  # binned pixels: stars no farther are the same
+BINNED = 1200  # binned pixels along the longer side
+MOST_SHIFT, MOVED = 100, 1.0  # pixels: of a reference of the same size that is not registered; less is registered
 
 
 class Beside(NamedTuple):
@@ -1565,49 +1639,92 @@ class Beside(NamedTuple):
     error: np.ndarray  # (n_channels,): standard error of the scale
     unexplained: np.ndarray  # (n_channels,): standard deviation of what neither explains
     bend: np.ndarray  # (2, n_channels): what the square of its light adds, RMS in data units, and over its error
+    explained: np.ndarray  # (n_channels,) bool: the reference has the details of the channel; else it is not used there
 
 
-def fit_beside_reference(measured: Measured, reference: np.ndarray) -> Fit:
-    """Fit the background of a picture with a reference: a registered picture of the field with less gradient.
+class NotRegistered(RmgradientError):
+    """A reference does not show the details of a picture, or can't be registered to it."""
+
+
+def fit_beside_reference(measured: Measured, reference: ArrayLike) -> Fit:
+    """Fit the background of a picture with a reference: a picture of the field with less gradient.
 
     Parameters
     ----------
     measured : Measured
         Of the picture, on nebulae as well as off them.
-    reference : (n_points, n_channels) or (n_points, 1) ndarray
-        Levels of the reference at the same points, in its own units; a gray one serves all channels.
+    reference : (n_points, n_channels) or (n_points, 1) array_like
+        Levels of the reference at the same points, in its own units; a gray one serves all channels. Its light is
+        counted from their median.
 
     Raises
     ------
     RmgradientError
         If there are too few points, or the reference's details are not those of the picture.
-
-    Notes
-    -----
-    The picture is scale x reference + background: kriging with external drift (Chiles and Delfiner 2012,
-    Geostatistics, section 5.6). Given shape and smoothness, generalized least squares gives the scale, and
-    ordinary kriging of what is left the background, which are the same equations as with one more term of the
-    trend; both take turns until the scale stays. Points that fit badly, such as satellites and moved
-    objects, are left out, and all is done again.
     """
     levels = measured.levels
+    try:
+        reference = np.asarray(reference, float)
+    except (TypeError, ValueError) as error:
+        raise RmgradientError('levels of a reference are not numbers') from error
+    if reference.shape not in (levels.shape, (len(levels), 1)) or not np.isfinite(reference).all():
+        raise RmgradientError(f'levels of a reference of shape {reference.shape} are not finite numbers for a picture '
+                              f'with levels of shape {levels.shape}')
+    known = ReferenceLevels(reference, reference, levels, np.median(reference, axis=0))
+    return fit_with_reference(measured._replace(reference=known))
+
+
+def fit_with_reference(measured):
+    """Fit the background of a picture with the reference that was measured, see `fit_beside_reference`.
+
+    Stars have other colors and sizes in another picture. So levels without stars are compared, of the same pixels in
+    both. In channels where only stars tell the scale, levels with stars are compared. A channel that the reference does
+    not explain, as of noise or of another light, is fitted without it.
+    """
+    levels, reference = measured.levels, measured.reference
     if len(np.unique(measured.points.leader)) < LEAST_PLACES:
         raise RmgradientError(f'{len(levels)} points are too few to tell its light from the background; '
                               f'give at least {LEAST_PLACES}')
-    light = np.broadcast_to(reference - np.median(reference, axis=0), levels.shape)
-    kept = np.ones(len(levels), bool)
-    for is_last in (False, False, False, False, True):
+    light, with_stars = (np.broadcast_to(each - reference.zero, levels.shape)
+                         for each in (reference.levels, reference.plain))
+    fit = _fit_kept(measured, light)
+    weak = ~(fit.beside.error < WEAK * np.abs(fit.beside.scale))
+    if weak.any() and reference.plain is not reference.levels:
+        measured = measured._replace(levels=np.where(weak, reference.ours, levels))
+        light = np.where(weak, with_stars, light)
+        fit = _fit_kept(measured, light)
+    explained = fit.beside.explained
+    if not explained.any():
+        raise NotRegistered('its details are not those of the picture; is it registered, and does it show the same '
+                            'field?')
+    if explained.all():
+        return fit
+    fit = _fit_kept(measured, light * explained)
+    return fit._replace(beside=fit.beside._replace(explained=explained))
+
+
+def _fit_kept(measured, light):
+    """Fit a picture with the (n_points, n_channels) light of a reference.
+
+    The picture is scale x reference + background: kriging with external drift (Chiles and Delfiner 2012, Geostatistics,
+    section 5.6). Given shape and smoothness, generalized least squares gives the scale, and ordinary kriging of what is
+    left the background, which are the same equations as with one more term of the trend. Both take turns until the
+    scale stays. Points that fit badly, such as satellites and moved objects, are left out, and all is done again.
+    """
+    leader, kept = measured.points.leader, np.ones(len(light), bool)
+    for i in range(10):
         fit, scale, error, correlation = _fit_scale(measured.subset(kept), light[kept])
-        if correlation.max() < LEAST_CORRELATION:
-            raise RmgradientError(f'details correlate with those of the picture by {in_words(correlation)} '
-                                  'only; is it registered, and does it show the same field?')
         standardized = np.abs(fit.adaptive.standardized)
         fits = (standardized <= REFERENCE_MISFIT * robust_std(standardized)).all(axis=1)
-        if is_last or fits.all() or fits.sum() < LEAST_PLACES:
+        is_hopeless = i > 1 and not (correlation >= LEAST_CORRELATION).any()
+        if i == 9 or fits.all() or fits.sum() < LEAST_PLACES or is_hopeless:
             break
         kept[kept] = fits
-    background = measured.subset(kept)._replace(levels=(levels - scale * light)[kept])
-    beside = Beside(kept, scale, error, rms(fit.adaptive.errors), _bend_of(fit, background, light[kept]))
+        kept &= kept[leader]  # without its first point, an isoline has no level
+    background = measured.subset(kept)
+    background = background._replace(levels=background.levels - scale * light[kept])
+    beside = Beside(kept, scale, error, rms(fit.adaptive.errors), _bend_of(fit, background, light[kept]),
+                    correlation >= LEAST_CORRELATION)
     return fit._replace(measured=background, beside=beside)
 
 
@@ -1646,30 +1763,340 @@ def _bend_of(fit, background, light):
     return np.nan_to_num(np.stack([np.abs(shared / own) * rms(curved), np.abs(shared / own) / error]))
 
 
-def check_beside(fit, picture):
+def check_beside(fit, picture, sigma):
     """Return Findings of a reference that does not explain the picture, or is not linear."""
-    beside, noise, findings = fit.beside, np.median(fit.measured.noise, axis=0), []
-    scale = picture.scale
-    if (beside.unexplained > MISREGISTERED * noise).any():
+    beside, noise, scale, findings = fit.beside, np.median(fit.measured.noise, axis=0), picture.scale, []
+    if not beside.explained.all():
+        names = [name_of_channel(i, len(noise)) for i in np.flatnonzero(~beside.explained)]
+        findings.append(Finding(
+            'channel', f'the reference does not explain {" and ".join(names)}, which is corrected without it',
+            'use a reference that shows the same light', numbers={'channels': names}))
+    if (beside.unexplained > MISREGISTERED * noise)[beside.explained].any():
         findings.append(Finding(
             'reference', f'the reference explains the points only to {in_words(scale * beside.unexplained)}, and the '
             f'noise of their levels is {in_words(scale * noise)}', 'is it registered to the pixel?',
             numbers={'noises': float((beside.unexplained / noise).max())}))
-    size, significant = beside.bend
-    if ((significant > BENT) & (size > BENT_NOISES * noise)).any():
+    size, significant = np.median((beside.bend / [noise, 1 + 0 * noise])[:, beside.explained], axis=1)
+    if significant > BENT and size > BENT_NOISES:
         findings.append(Finding(
-            'not linear', f'the reference is stretched, not linear like the picture, by {rounded(scale * size.max())}',
-            'use one that is not stretched',
-            numbers={'counts': float(scale * size.max()), 'significance': float(significant.max())}))
+            'not linear', f'the reference is stretched: its light is not proportional to that of the picture, by '
+            f'{rounded(scale * size * noise.mean())}', 'use one that is not stretched',
+            numbers={'noises': float(size), 'significance': float(significant)}))
+    # Noise of pixels alone: that of levels has structure in a nebula.
+    if (same := beside.unexplained < SAME * picture.tiles.noise / (2 * math.sqrt(math.pi) * sigma)).any():
+        names = ' and '.join(name_of_channel(i, len(noise)) for i in np.flatnonzero(same))
+        findings.append(Finding('same', f'the reference is the picture itself ({names}), and has its gradient',
+                                'use another picture of the field'))
+    if n_lost := fit.measured.reference.n_lost:
+        findings.append(Finding('lost', f'{n_lost} of the points given have no data on the reference, and are left out',
+                                'give others, or another reference', numbers={'points': n_lost}))
     return findings
 
 
+def name_of_channel(i, n_channels):
+    """Return the name of a color channel."""
+    return ('red', 'green', 'blue')[i] if n_channels == 3 else f'channel {i + 1}'
+
+
+class Reference:
+    """A picture of the field with less gradient, and where the pixels of another picture are on it."""
+
+    def __init__(self, picture, locate=None, where=''):
+        self.picture, self.path, self.where = picture, picture.path, where
+        self._locate = locate  # None: at the same places
+
+    @property
+    def is_aligned(self):
+        """Whether it has the pixels of the picture."""
+        return self._locate is None
+
+    @functools.cached_property
+    def zero(self):
+        """The (n_channels,) median of the picture, from which its light is counted."""
+        medians = self.picture.tiles.medians
+        known = np.isfinite(medians).all(axis=2)
+        return np.median(medians[known], axis=0) if known.any() else np.zeros(self.picture.shape[2])
+
+    def locate(self, places):
+        """Return (n, 2) places x, y on the reference, and the derivatives of the map there, (n, 2, 2)."""
+        there = self._locate(places)
+        return there, np.stack([self._locate(places + step) - there for step in np.eye(2)], axis=2)
+
+    def light_at(self, tiles):
+        """Return its medians at the Tiles of the picture, (n_down, n_across, n_channels), NaN outside of it."""
+        own = self.picture.tiles
+        if self.is_aligned:
+            return own.medians
+        from scipy.ndimage import map_coordinates
+        x, y = np.meshgrid(tiles.x, tiles.y)
+        there = self._locate(np.stack([x.ravel(), y.ravel()], axis=1)).T
+        at = [np.interp(each, centers, np.arange(len(centers)), np.nan, np.nan)
+              for each, centers in zip(there[::-1], (own.y, own.x))]
+        at = np.where(np.isfinite(at), at, -9.0)
+        light = [map_coordinates(each, at, order=1, cval=np.nan) for each in np.moveaxis(own.medians, 2, 0)]
+        return np.stack(light, axis=1).reshape(*x.shape, -1)
+
+
+def measure_beside(picture, reference, points, sigma, given=None):
+    """Return Measured of points of a picture, with the levels of a Reference there.
+
+    Given: which points are given, (n_points,) bool, by default all. What can't be measured in the picture is an error
+    if it is given, and left out if it is chosen. What can't be measured on the reference is left out.
+    """
+    given = np.ones(len(points.x), bool) if given is None else given
+    kernel, found, kept = blur_kernel(sigma), {}, ~points.on_isoline
+    check_points(points, *picture.shape[:2], len(kernel) // 2)
+    there = None if reference.is_aligned else reference.locate(points.centers)
+    for i in np.lexsort([points.x, points.y]):
+        if points.on_isoline[i]:
+            continue
+        place = points.x[i], points.y[i]
+        try:
+            found[i] = _measure_both(picture, reference.picture, place, kernel) if there is None else (
+                _measure_apart(picture, reference.picture, (place, there[0][i], there[1][i]), (kernel, sigma)))
+        except Lost:
+            kept[i] = False
+        except Unusable as error:
+            if given[i]:
+                raise RmgradientError(f'{points.describe([i])} {error}') from error
+            kept[i] = False
+    kept = kept[points.leader]
+    n_lost = np.count_nonzero(given & ~kept)
+    if len(np.unique(points.leader[kept])) < LEAST_PLACES and not kept.all():
+        raise RmgradientError(f'only {kept.sum()} of {len(kept)} points have data in the picture and on the reference '
+                              f'{reference.path}; give at least {LEAST_PLACES} that have')
+    chosen = Chosen(np.count_nonzero(given & kept), np.count_nonzero(~given), True) if not given.all() else None
+    points, old = points.subset(kept), np.flatnonzero(kept)
+    measured = measured_from(points, {new: found[i][0] for new, i in enumerate(old) if i in found})
+    levels, plain, ours = (np.array([found[old[i]][k] for i in points.leader]) for k in (1, 2, 3))
+    same = all(getattr(picture, name) == getattr(reference.picture, name) for name in ('dtype', 'scale', 'zero'))
+    return measured._replace(chosen=chosen, reference=ReferenceLevels(
+        levels, plain, ours, reference.zero, same, n_lost, reference.where))
+
+
+class Lost(Unusable):
+    """A place can't be measured on the reference."""
+
+
+@np.errstate(invalid='ignore', over='ignore')
+def _measure_both(picture, reference, place, kernel):
+    """Return a Window, the level of a registered reference, and levels of both with stars, from the same pixels."""
+    rows, columns = _around(picture, place, kernel)
+    values, usable, narrow = _read_window(picture, rows, columns, kernel)
+    theirs, also, _ = _read_window(reference, rows, columns, kernel)
+    weights = narrow[:, None] * narrow
+    if weights.sum(where=usable) >= LEAST_SHARE > weights.sum(where=usable & also):
+        raise Lost
+    usable = usable & also
+    kept = _is_near_median(values, usable).all(axis=0) & _is_near_median(theirs, usable).all(axis=0) & usable
+    share, window = _mean_of(values, usable, np.broadcast_to(kept, values.shape), narrow)
+    check_window(share, window, kernel)
+    level, plain, ours = ((weights * some * each).sum(axis=(1, 2)) / (weights * some).sum()
+                          for some, each in ((kept, theirs), (usable, theirs), (usable, values)))
+    return window, level, plain, ours
+
+
+@np.errstate(invalid='ignore', over='ignore')
+def _measure_apart(picture, reference, places, kernel_and_sigma):
+    """Return what `_measure_both` does, where the reference has other pixels.
+
+    Takes the place in the picture, that on the reference, and the (2, 2) derivatives of the map there. A star is left
+    out of both if it is an outlier in one of them: with the outliers of each alone, errors are twice as large or more.
+    """
+    (here, there, slopes), (kernel, sigma) = places, kernel_and_sigma
+    rows, columns = _around(picture, here, kernel)
+    values, usable, narrow = _read_window(picture, rows, columns, kernel)
+    sigma = max(sigma * math.sqrt(abs(np.linalg.det(slopes))), 0.5)  # of a coarse reference: a pixel is no smaller
+    radius, middle = math.ceil(3 * sigma), np.rint(there)
+    if not (np.isfinite(there).all() and (middle >= radius).all()
+            and (middle + radius < reference.shape[1::-1]).all()):
+        raise Lost
+    (x, y), inside = middle.astype(int).tolist(), np.arange(-radius, radius + 1)
+    theirs, also, thin = _read_window(reference, *(slice(at - radius, at + radius + 1) for at in (y, x)),
+                                      np.ones(len(inside)))
+    inside = inside[::-(-len(inside) // len(thin))]
+    along_x, along_y = (np.exp(-0.5 * ((inside - shift) / sigma) ** 2) for shift in there - middle)
+    weights = np.outer(along_y, along_x)
+    if weights.sum(where=also) < LEAST_SHARE * weights.sum():
+        raise Lost
+    ours_kept, theirs_kept = (_is_near_median(a, b).all(axis=0) & b for a, b in ((values, usable), (theirs, also)))
+    if len(narrow) == len(kernel) and len(thin) == 2 * radius + 1:
+        back = np.linalg.inv(slopes)
+        in_both = (ours_kept & _looked_up(theirs_kept, len(kernel) // 2, slopes, there - middle),
+                   theirs_kept & _looked_up(ours_kept, radius, back, back @ (middle - there)))
+        both_weights = np.outer(narrow, narrow), weights
+        if all((w * kept).sum() >= LEAST_SHARE * w.sum() for w, kept in zip(both_weights, in_both)):
+            ours_kept, theirs_kept = in_both
+    share, window = _mean_of(values, usable, np.broadcast_to(ours_kept, values.shape), narrow)
+    check_window(share, window, kernel)
+    level, plain = ((weights * some * theirs).sum(axis=(1, 2)) / (weights * some).sum()
+                    for some in (theirs_kept, also))
+    all_of_ours = np.outer(narrow, narrow) * usable
+    return window, level, plain, (all_of_ours * values).sum(axis=(1, 2)) / all_of_ours.sum()
+
+
+def _looked_up(kept, radius, slopes, shift):
+    """Return what of another window, (n, n) bool, is at the pixels of a window, True outside: a map from its middle."""
+    offsets = np.stack(np.meshgrid(*[np.arange(-radius, radius + 1)] * 2), axis=-1) @ slopes.T + shift
+    x, y = np.rint(offsets).astype(int).transpose(2, 0, 1) + len(kept) // 2
+    inside = (x >= 0) & (x < len(kept)) & (y >= 0) & (y < len(kept))
+    return np.where(inside, kept[np.where(inside, y, 0), np.where(inside, x, 0)], True)
+
+
+def references(picture, beside):
+    """Yield ways in which another Picture may lie on a picture, as functions that return a Reference.
+
+    Of the same size, and the stars are not far; through the coordinates of both in the sky; through their stars; of the
+    same size, whatever the stars say. A way that fails raises NotRegistered, or RmgradientError if something is
+    missing.
+    """
+    if beside.shape[:2] == picture.shape[:2]:
+        yield lambda: register_by_shift(picture, beside.flipped if beside.bottom_up != picture.bottom_up else beside)
+        if beside.bottom_up != picture.bottom_up:
+            yield lambda: register_by_shift(picture, beside)
+    if picture.has_wcs and beside.has_wcs:
+        yield lambda: register_by_wcs(picture, beside)
+    yield lambda: register_by_stars(picture, beside)
+    if beside.shape[:2] == picture.shape[:2]:
+        yield lambda: Reference(beside)
+
+
+def register_by_shift(picture, beside):
+    """Return the Reference of a picture that has its size: the same pixels, unless the stars in the middle moved."""
+    sides = [(max(0, n // 2 - BINNED // 2), min(n, n // 2 + BINNED // 2)) for n in picture.shape[:2]]
+    ours, theirs = (find_stars(each, *(slice(*side) for side in sides)) for each in (picture, beside))
+    if min(len(ours), len(theirs)) < LEAST_STARS:
+        return Reference(beside)
+    steps = (theirs - ours[:, None]).reshape(-1, 2)
+    bins = np.rint(np.vstack([[0, 0], steps[(np.abs(steps) < MOST_SHIFT).all(axis=1)]]) / 2).astype(int)
+    kinds, counts = np.unique(bins, axis=0, return_counts=True)
+    start = np.vstack([np.eye(2), 2 * kinds[counts.argmax()]])
+    pairs, matrix = refine_map(ours, theirs, start, MATCHED)
+    corners = np.array(list(itertools.product((0, picture.shape[1]), (0, picture.shape[0]), (1,))), float)
+    moved = np.hypot(*(corners @ matrix - corners[:, :2]).T)
+    if len(pairs) < max(LEAST_STARS, 0.2 * min(len(ours), len(theirs))):
+        raise NotRegistered('its stars are not those of the picture at the same places; is it registered, and does it '
+                            'show the same field?')
+    if moved.max() < MOVED:
+        return Reference(beside)
+    where = f'up to {moved.max():.1f} pixels from its place, by {len(pairs)} stars'
+    return Reference(beside, lambda places: places @ matrix[:2] + matrix[2], where)
+
+
+def register_by_wcs(picture, beside):
+    """Return the Reference of a picture through the coordinates in the headers of both (FITS)."""
+    ours, theirs = picture.wcs(), beside.wcs()
+
+    def locate(places):
+        with np.errstate(all='ignore'):
+            return np.stack(theirs.all_world2pix(*ours.all_pix2world(*places.T, 0), 0, quiet=True), axis=1)
+
+    size = np.array(picture.shape[1::-1])
+    at = locate(size * np.array([[0.5, 0.5], [0.25, 0.25], [0.75, 0.75]]))
+    if not np.isfinite(at).all():
+        raise NotRegistered('its coordinates in the sky (WCS) do not lead to the field of the picture')
+    reference = Reference(beside, locate)
+    _, slopes = reference.locate(size[None] / 2.0)
+    scale = math.sqrt(abs(np.linalg.det(slopes[0])))
+    reference.where = f'by the coordinates of both (WCS): {scale:.4g} of its pixels for one'
+    return reference
+
+
+def register_by_stars(picture, beside):
+    """Return the Reference of a picture through the stars of both, also if it is turned, scaled or mirrored.
+
+    Triangles of the brightest stars give the start (astroalign; Beroiz, Cabral and Sanchez 2020, Astronomy and
+    Computing 32, 100384), and all stars near each other an affine map.
+    """
+    try:
+        import astroalign
+    except ImportError as error:
+        raise RmgradientError('has other pixels than the picture: register it, or let its stars be found: '
+                              'python -m pip install astroalign') from error
+    ours, theirs = picture.stars, beside.stars
+    reach = MATCHED * bin_factor(beside)
+    pairs, matrix = np.zeros((0, 2)), None
+    for mirror in (1.0, -1.0):
+        flip = np.array([mirror, 1.0])
+        with contextlib.suppress(Exception):  # of the library, too few stars or no match
+            start, _ = astroalign.find_transform((ours * flip)[:BRIGHT], theirs[:BRIGHT])
+            matrix = np.vstack([start.params[:2, :2].T * flip[:, None], start.params[:2, 2]])
+            pairs, matrix = refine_map(ours, theirs, matrix, reach)
+        if len(pairs) >= LEAST_STARS:
+            break
+    else:
+        raise NotRegistered(f'its stars do not match those of the picture ({len(pairs)} of {len(ours)} and '
+                            f'{len(theirs)} found); does it show the same field?')
+    (a, b), (c, d) = matrix[:2]
+    scale, angle = math.sqrt(abs(a * d - b * c)), math.degrees(math.atan2(b, a))
+    mirrored = ', mirrored' if a * d < b * c else ''
+    middle = np.array([*picture.shape[1::-1], 2.0]) / 2 @ matrix
+    where = (f'by {len(pairs)} stars: {scale:.4f} of its pixels for one, turned by {angle:.2f} degrees{mirrored}, the '
+             f'middle at ({middle[0]:.0f}, {middle[1]:.0f})')
+    return Reference(beside, lambda places: places @ matrix[:2] + matrix[2], where)
+
+
+def refine_map(ours, theirs, matrix, reach):
+    """Return the index pairs of stars, (n, 2), that a (3, 2) affine map brings within reach, and the map of these.
+
+    So the result does not depend on the start, which is drawn by chance.
+    """
+    from scipy.spatial import KDTree
+    tree, places = KDTree(theirs), np.hstack([ours, np.ones((len(ours), 1))])
+    for times in (3, 2, 1, 1, 1):
+        distance, nearest = tree.query(places @ matrix)
+        near = np.flatnonzero(distance < times * reach)
+        if len(near) < LEAST_STARS:
+            break
+        matrix = np.linalg.lstsq(places[near], theirs[nearest[near]], rcond=None)[0]
+    return np.stack([near, nearest[near]], axis=1), matrix
+
+
+def bin_factor(picture):
+    """Return how many pixels become one to look for stars."""
+    return max(1, -(-max(picture.shape[:2]) // BINNED))
+
+
+def find_stars(picture, rows=None, columns=None):
+    """Return the (n_stars, 2) places x, y of the brightest stars of a window, the brightest first.
+
+    Memory: a float64 array of at most `BINNED` x `BINNED` pixels, and some strips.
+    """
+    from scipy.ndimage import gaussian_filter, maximum_filter
+    rows, columns = rows or slice(0, picture.shape[0]), columns or slice(0, picture.shape[1])
+    width, height = columns.stop - columns.start, rows.stop - rows.start
+    factor = max(1, -(-max(width, height) // BINNED))
+
+    def binning(start, stop):
+        values, usable = picture.usable(slice(rows.start + start, rows.start + stop), columns)
+        gray = np.where(usable, values.mean(axis=2, dtype=float), 0)
+        total, number = (np.pad(each, ((0, -len(gray) % factor), (0, -width % factor))).reshape(
+            -1, factor, -(-width // factor), factor).sum(axis=(1, 3)) for each in (gray, usable))
+        return np.where(number > 0, total / np.maximum(number, 1), np.nan)
+
+    with np.errstate(invalid='ignore', over='ignore'):
+        groups = row_groups(height, factor * max(1, ROWS // factor))
+        gray = np.concatenate(list(picture.starmap(binning, groups)))
+    known = np.isfinite(gray)
+    gray = np.where(known, gray, np.median(gray[known]) if known.any() else 0)
+    sharp = gaussian_filter(gray, 1.0) - gaussian_filter(gray, 4.0)
+    above = sharp > STAR * robust_std(sharp[known]) if known.any() else known
+    is_peak = above & (sharp == maximum_filter(sharp, 5)) & known
+    is_peak[[0, -1]] = is_peak[:, [0, -1]] = False
+    y, x = np.nonzero(is_peak)
+    order = np.argsort(-sharp[y, x], kind='stable')[:MOST_STARS]
+    y, x = y[order], x[order]
+    # The vertex of a parabola through three pixels.
+    places = []
+    for at, (before, behind) in ((x, (sharp[y, x - 1], sharp[y, x + 1])), (y, (sharp[y - 1, x], sharp[y + 1, x]))):
+        bend = 2 * sharp[y, x] - before - behind
+        places.append(at + (behind - before) / (2 * np.where(bend > 0, bend, np.inf)))
+    return factor * (np.stack(places, axis=1) + 0.5) - 0.5 + [columns.start, rows.start]
+
+
 def check_reference(shape, reference_shape):
-    """Raise RmgradientError unless a reference suits a picture, by their (height, width, n_channels)."""
-    height, width, n_channels = reference_shape
-    if (height, width) != shape[:2]:
-        raise RmgradientError(f'is {width} x {height} pixels and the picture {shape[1]} x {shape[0]}; '
-                              'register it to the picture')
+    """Raise RmgradientError unless a reference has the channels of a picture, or one."""
+    n_channels = reference_shape[2]
     if n_channels not in (1, shape[2]):
         raise RmgradientError(f'has {n_channels} channels and the picture {shape[2]}; '
                               'give a gray one or the same')
@@ -1721,10 +2148,6 @@ class Sites(NamedTuple):
     certain: np.ndarray  # (n_places,): given by the user
     size: np.ndarray  # width and height of the frame
     cell: float  # side of a cell, in pixels
-
-    def select(self, is_sky):
-        """Return what `choose_model` takes of some of the places, (n_places,) bool."""
-        return self.points.centers[is_sky], self.levels[is_sky], self.points.leader[is_sky]
 
     def subset(self, kept):
         """Return some of the places, (n_places,) bool."""
@@ -1919,17 +2342,12 @@ def asymmetric_residuals(terms, levels):
     return residuals
 
 
-def places_beside_reference(pictures, n, sigma, given=None):
-    """Return given points, if any, and all quiet places that a picture and its reference have data at, as Points."""
-    points, is_given = join_quiet_places(pictures[0], n, sigma, given)
+def places_beside_reference(picture, n, sigma, given=None):
+    """Return given points, if any, and all quiet places of a picture, as Points, and which are given."""
+    points, is_given = join_quiet_places(picture, n, sigma, given)
     distances = distances_between(points.centers, points.centers[is_given]).min(axis=1, initial=np.inf)
     kept = is_given | (distances > 2 * sigma)
-    points, is_given = points.subset(kept), is_given[kept]
-    for picture in pictures:
-        with about(picture.path):
-            measured, is_given = measure_places(picture, points, (sigma, False), is_given)
-        points = measured.points
-    return points
+    return points.subset(kept), is_given[kept]
 
 
 def with_rounding(noise, picture, points, sigma):
@@ -2217,7 +2635,7 @@ def fit_sites(is_sky, sites):
     """Return the AdaptiveModel through some of the places."""
     if is_sky.sum() < (LEAST_GIVEN if sites.certain.sum() >= LEAST_GIVEN else LEAST_PLACES):
         raise RmgradientError(f'too few places of empty sky, {is_sky.sum()}; give points')
-    return choose_model(*sites.select(is_sky))
+    return choose_model(sites.points.subset(is_sky), sites.levels[is_sky])
 
 
 def excess_of_sky(model, is_sky, sites, least):
@@ -2354,8 +2772,8 @@ def find_sky(fit: Fit, picture: Picture, settings: Settings) -> np.ndarray:
         - 'color': the median level of each channel, so that the sky keeps its average color;
         - 'darkest': the lowest background of each channel in the frame, which takes a pass over the model;
         - a number, or one for each channel: this;
-        - None: 'darkest' for the classic model; else 'color' to divide, since gray would change the colors
-          of stars; else 'gray'.
+        - None: with a reference of the same type, its own level, so that all frames of a field get the same; 'darkest'
+          for the classic model; else 'color' to divide, since gray would change the colors of stars; else 'gray'.
 
     Raises
     ------
@@ -2363,6 +2781,10 @@ def find_sky(fit: Fit, picture: Picture, settings: Settings) -> np.ndarray:
         If the level is far from that of the picture, or to divide, if the level or the background is 0 or less.
     """
     sky, median = settings.sky, np.median(fit.measured.levels, axis=0)
+    reference = fit.measured.reference
+    if sky is None and reference and reference.is_same_type:
+        level = np.broadcast_to(reference.zero, median.shape).astype(float)
+        sky = picture.physical(level)
     if sky is None:
         sky = 'darkest' if fit.adaptive is None else 'color' if settings.method == 'divide' else 'gray'
     if not isinstance(sky, str):
@@ -2729,12 +3151,20 @@ def step_along(jump, bend, rule):
                 even * abs(height) <= score):
             continue
         parallel = lines[k][np.abs(np.arange(n) - i) > 3]
-        with warnings.catch_warnings(action='ignore'):  # lines outside
-            others = 1.4826 * np.median(np.abs(np.nan_to_num(np.nanmedian(jump[parallel], axis=1))))
+        others = 1.4826 * np.median(np.abs(known_medians(jump[parallel])))
         ramp = np.median(bend[line]) / height
         if abs(height) >= OTHERS * others and RAMP[0] < ramp <= RAMP[1]:
             best, score = (height, int(i), float(rule.slopes[k])), even * abs(height)
     return best
+
+
+def known_medians(values):
+    """Return the median of the values of each row that are not NaN, 0 if there are none."""
+    values = np.sort(values, axis=1)  # NaN comes last
+    n = np.isfinite(values).sum(axis=1)
+    row = np.arange(len(values))
+    middle = values[row, np.maximum(n - 1, 0) // 2] + values[row, np.minimum(n // 2, values.shape[1] - 1)]
+    return np.where(n > 0, middle / 2, 0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -3026,7 +3456,7 @@ def judge(fit, left, errors, findings):
 def check_correction(correction, reference=None):
     """Return a Correction with what is noticed about it: Findings, the most important first, and the verdict.
 
-    Where a reference, a Picture, has the pixels of the picture, its light is taken off the result first.
+    The light of a Reference, if there is one, is taken off the result first.
     """
     fit, picture, settings = correction.fit, correction.picture, correction.settings
     if not fit.adaptive:
@@ -3035,8 +3465,8 @@ def check_correction(correction, reference=None):
     background = fit.model.at_grid(tiles.x, tiles.y)
     noise = tiles.noise + LEAST_NOISE * np.abs(np.median(fit.measured.levels, axis=0)) + TINY
     levels = correction.leveled(tiles.medians, background - correction.sky)
-    if reference is not None and reference.shape[:2] == picture.shape[:2]:
-        levels = levels - fit.beside.scale * reference.tiles.medians
+    if reference is not None:
+        levels = levels - fit.beside.scale * reference.light_at(tiles)
     left = Leftover(levels / noise, background / noise, tiles, noise, picture)
     errors = expected_errors(fit, tiles.x[::COARSE], tiles.y[::COARSE], noise)
     known = np.isfinite(levels[::COARSE, ::COARSE]).all(axis=2)
@@ -3045,7 +3475,9 @@ def check_correction(correction, reference=None):
     if not correction.misfits:  # else these are what it follows
         findings += check_structure(fit, left)
     if fit.beside:
-        findings += check_beside(fit, picture)
+        is_itself = reference is not None and picture.path == reference.path != ''
+        findings += [each for each in check_beside(fit, picture, settings.sigma)
+                     if not (is_itself and each.kind == 'same')]  # as in: -i night/*.tif --reference night/best.tif
     findings += check_parts(np.where(known, errors, np.nan), left) + check_span(points, picture)
     findings += check_misfits(fit, correction.misfits, picture)
     filled = check_filled(points)
@@ -3138,31 +3570,50 @@ def two_digits(value, is_up):
 ABOVE_WHITE = 1.1  # times white: floats that are brighter, but not by more, as after resampling, can be stretched
 
 
-def measure_points(picture: Picture, points: Points | None, settings: Settings, reference: Picture | None) -> Measured:
+def measure_points(picture: Picture, points: Points | None, settings: Settings) -> Measured:
     """Measure points, or choose and measure them if `settings.auto` says so: points given are certain then."""
-    # A star that is an outlier in one of two pictures may be none in the other: with a reference, means are compared.
-    robust = settings.is_adaptive and reference is None
     if settings.auto is None:
-        return measure_levels(picture, points, settings.sigma, robust)
-    if reference is None:
-        measured = choose_points(picture, settings.auto or AUTO, settings.sigma, points)
-        if robust:
-            return measured
-        return measure_levels(picture, measured.points, settings.sigma, robust)._replace(chosen=measured.chosen)
-    n = settings.auto or REFERENCE_AUTO
-    points = places_beside_reference((picture, reference), n, settings.sigma, points)
-    return measure_levels(picture, points, settings.sigma, robust)
+        return measure_levels(picture, points, settings.sigma, settings.is_adaptive)
+    measured = choose_points(picture, settings.auto or AUTO, settings.sigma, points)
+    if settings.is_adaptive:
+        return measured
+    return measure_levels(picture, measured.points, settings.sigma, False)._replace(chosen=measured.chosen)
 
 
-def correction_of(picture: Picture, measured: Measured, settings: Settings,
-                  reference: Picture | None = None) -> Correction:
+def correct_beside(picture: Picture, points: Points | None, settings: Settings, beside: Picture) -> Correction:
+    """Return the correction of a picture with a reference, in the first way in which that fits."""
+    given = None
+    if settings.auto is not None:
+        points, given = places_beside_reference(picture, settings.auto or REFERENCE_AUTO, settings.sigma, points)
+    best, reasons = None, []
+    for way in references(picture, beside):
+        with about(beside.path):
+            try:
+                reference = way()
+                fit = fit_with_reference(measure_beside(picture, reference, points, settings.sigma, given))
+            except NotRegistered as error:
+                reasons.append(str(error))
+                continue
+            except RmgradientError as error:
+                reasons.append(str(error))
+                if best or beside.shape[:2] == picture.shape[:2]:
+                    continue
+                raise
+        n_explained = np.count_nonzero(fit.beside.explained)
+        if not best or n_explained > best[0]:
+            best = n_explained, fit, reference
+        if n_explained == picture.shape[2]:
+            break
+    if not best:
+        with about(beside.path):
+            raise RmgradientError(reasons[0])
+    return correction_of(picture, best[1], settings, best[2])
+
+
+def correction_of(picture: Picture, measured: Measured | Fit, settings: Settings,
+                  reference: Reference | None = None) -> Correction:
     """Return the correction of a picture from what was measured: for command, window and Python alike."""
-    if reference is None:
-        fit = fit_background(measured, settings.smooth)
-    else:
-        with about(reference.path):
-            levels = measure_levels(reference, measured.points, settings.sigma, robust=False).levels
-            fit = fit_beside_reference(measured, levels)
+    fit = measured if reference else fit_background(measured, settings.smooth)
     correction = Correction(fit, find_sky(fit, picture, settings), picture, settings, find_misfits(fit))
     if settings.method == 'stretch':
         if picture.dtype.kind == 'f':
@@ -3199,7 +3650,8 @@ def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str
     points : Points, (n_points, 2) array_like, or 'auto'
         See `make_points`; with 'auto', `choose_points` chooses them.
     reference : (height, width) or (height, width, n_channels) array_like, or a Picture, optional
-        Registered picture of the same field, see `fit_beside_reference`; for the adaptive model.
+        Picture of the same field, see `fit_beside_reference`, for the adaptive model. If it has another size, it is
+        registered by the coordinates of both in the sky (FITS files), or by their stars.
     mask : (height, width) array_like of bool, optional
         True where nothing is measured, as on land or nebulae; that of a numpy.ma array or a CCDData is added.
     **settings
@@ -3224,13 +3676,14 @@ def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str
     picture = as_picture(image, mask)
     check_sky(chain.sky, picture)
     given = None if isinstance(points, str) else points if isinstance(points, Points) else make_points(points)
-    beside = None
-    if reference is not None:
+    if reference is None:
+        correction = correction_of(picture, measure_points(picture, given, chain), chain)
+    else:
         if chain.smooth != 'auto':
             raise RmgradientError("a reference needs smooth='auto'")
         beside = as_picture(reference)
         check_reference(picture.shape, beside.shape)
-    correction = correction_of(picture, measure_points(picture, given, chain, beside), chain, beside)
+        correction = correct_beside(picture, given, chain, beside)
     warn([correction.verdict, *correction.findings])
     return correction
 
@@ -4045,6 +4498,7 @@ class FitsImage(FilePicture):
             raise RmgradientError(f'raw colors of a color filter array ({names[0]} {header.get(names[0])}): debayer '
                                   'it first, for example with Siril')
         self.bottom_up = str(header.get('ROWORDER')).strip().upper() != 'TOP-DOWN'
+        self.has_wcs = str(header.get('CTYPE1')).startswith(('RA--', 'DEC-', 'GLON', 'GLAT'))
 
     def _find_picture(self):
         """Return the header of the picture."""
@@ -4065,6 +4519,22 @@ class FitsImage(FilePicture):
         if len(found) > 1:
             self.remarks.append(f'only the first of {len(found)} pictures is corrected, the rest is copied')
         return found[0]
+
+    def wcs(self):
+        if not importlib.util.find_spec('astropy'):
+            raise RmgradientError('coordinates in the sky (WCS) need astropy; run: python -m pip install astropy')
+        import astropy.io.fits
+        import astropy.wcs
+        try:
+            with warnings.catch_warnings(action='ignore'):
+                text = b''.join(self._header.cards).decode('ascii', 'replace')
+                wcs = astropy.wcs.WCS(astropy.io.fits.Header.fromstring(text)).celestial
+                usable = wcs.has_celestial and abs(np.linalg.det(wcs.pixel_scale_matrix)) > 0
+        except Exception as error:  # of the library on odd headers
+            raise NotRegistered('its coordinates in the sky (WCS) can not be read') from error
+        if not usable:
+            raise NotRegistered('its coordinates in the sky (WCS) can not be used')
+        return wcs
 
     def read(self, start, stop, left=0, right=None):
         height, width, planes = self.shape
@@ -4840,16 +5310,17 @@ def process(options):
         gc.enable()
     given = read_points(options)
     alone, n_failed, reports = len(jobs) == 1, 0, []
-    for job in progress_bar('picture', shown=not alone)(jobs, len(jobs)):
-        try:
-            with about(job.path):
-                reports.append(process_picture(job, given, options))
-        except (RmgradientError, MemoryError) as error:
-            if alone:
-                raise
-            logger.error('%s', explain(error, job.path))
-            reports.append({'picture': job.path, 'error': str(explain(error, job.path))})
-            n_failed += 1
+    with open_reference(options.reference) as reference:
+        for job in progress_bar('picture', shown=not alone)(jobs, len(jobs)):
+            try:
+                with about(job.path):
+                    reports.append(process_picture(job, given, options, reference))
+            except (RmgradientError, MemoryError) as error:
+                if alone:
+                    raise
+                logger.error('%s', explain(error, job.path))
+                reports.append({'picture': job.path, 'error': str(explain(error, job.path))})
+                n_failed += 1
     if options.report:
         write_report(reports, options)
     if n_failed:
@@ -4901,12 +5372,11 @@ def settings_of(options):
     return Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
 
 
-def process_picture(job, given, options):
-    """Correct one picture, with a progress bar if it is alone."""
+def process_picture(job, given, options, reference):
+    """Correct one picture, beside an open reference, with a progress bar if it is alone."""
     settings, picture = settings_of(options), open_picture(job.path)
     megapixels = f' {picture.shape[0] * picture.shape[1] / 1e6:.3g} megapixels'
     with (picture, threads(progress_bar('strip', megapixels, shown=len(options.input) == 1)) as picture.starmap,
-          open_beside(options.reference, picture, check_reference) as reference,
           open_beside(options.mask, picture, check_mask) as mask):
         if mask:
             picture.mask = Flipped(mask) if mask.bottom_up != picture.bottom_up else mask
@@ -4918,19 +5388,28 @@ def process_picture(job, given, options):
         show(picture, early)
         if picture.bottom_up and (given.points or options.edit or 'save_points' in job.outputs):
             logger.info('%s: y of points counts from the bottom row, the first that is stored', picture.path)
-        if given.points is not None or settings.auto is not None:
-            measured = measure_points(picture, given.points, settings, reference)
-            if chosen := measured.chosen:
-                logger.info('%s: %d points chosen from %d quiet places%s', picture.path,
-                            len(measured.points.x) - chosen.n_given, chosen.n_places,
-                            f' in addition to {chosen.n_given} given' if chosen.n_given else '')
+        if reference:
+            with about(reference.path):
+                check_reference(picture.shape, reference.shape)
+            reference.starmap = picture.starmap
+            correction = correct_beside(picture, given.points, settings, reference)
+            measured = correction.fit.measured
+            if measured.reference.where:
+                logger.info('%s: the reference lies %s', picture.path, measured.reference.where)
+        elif given.points is not None or settings.auto is not None:
+            measured = measure_points(picture, given.points, settings)
+        if (given.points is not None or settings.auto is not None) and (chosen := measured.chosen):
+            logger.info('%s: %d points chosen from %d quiet places%s', picture.path,
+                        len(measured.points.x) - chosen.n_given, chosen.n_places,
+                        f' in addition to {chosen.n_given} given' if chosen.n_given else '')
         if options.edit:
             points = edit_points(picture, measured.points if settings.auto is not None else given.points, job, options)
             if points is None:
                 logger.info('%s: left without a change', job.path)
                 return None
             measured = measure_levels(picture, points, settings.sigma)
-        correction = correction_of(picture, measured, settings, reference)
+        if not reference:
+            correction = correction_of(picture, measured, settings)
         show(picture, [correction.verdict, *correction.findings])
         log_details(picture, correction)
         with whole_files(job.outputs, options.overwrite) as files:
@@ -4950,9 +5429,17 @@ def process_picture(job, given, options):
     return report_of(job, correction, counts, [*early, *correction.findings, *late])
 
 
+def open_reference(path):
+    """Return a context of the open reference of all pictures, of None if there is none."""
+    if not path:
+        return contextlib.nullcontext()
+    with about(path):
+        return open_picture(path)
+
+
 @contextlib.contextmanager
 def open_beside(path, picture, check):
-    """Give the open reference or mask of a picture, None if there is none; check takes the shapes of both."""
+    """Give the open mask of a picture, None if there is none; check takes the shapes of both."""
     if not path:
         yield None
         return
@@ -5228,8 +5715,9 @@ def build_parser():
                        help='picture of the same size (TIFF or FITS), 0 where there is sky: elsewhere, as on land, '
                        'trees or nebulae, nothing is measured and no point is chosen; it is corrected all the same')
     model.add_argument('--reference', metavar='FILE',
-                       help='registered picture of the same field and size with less gradient, gray or in '
-                       'the same colors: what it shows is not background, even where nebulae fill the frame')
+                       help='picture of the same field with less gradient, gray or in the same colors: what it '
+                       'shows is not background, even where nebulae fill the frame. If it is not registered, it is '
+                       'found by WCS (FITS) or by its stars (needs astroalign)')
 
     correction = parser.add_argument_group('correction')
     how = correction.add_mutually_exclusive_group()
@@ -5245,7 +5733,8 @@ def build_parser():
                             help='level that the sky gets: gray, the same for all channels, the mean over '
                             'them of the median level of the points; color, the median level of each '
                             'channel; darkest, the lowest background of each channel; or a number (default: '
-                            'gray; color with --divide; darkest with --smooth NUMBER)')
+                            'gray; color with --divide; darkest with --smooth NUMBER; that of a --reference '
+                            'of the same type)')
     correction.add_argument('--dither', action='store_true',
                             help='add noise of one count before integers are rounded, so that no bands show')
 

@@ -166,7 +166,7 @@ def test_others_are_predicted_as_if_left_out():
     levels = np.sin(centers / 300) + rng.normal(0, 0.1, (40, 2))
     points = rg.Points(*centers.T, np.arange(40))
     sites = rg.Sites(points, levels, np.ones(2), np.zeros(40, bool), np.array([900, 900]), 60.0)
-    model = rg.choose_model(centers, levels, np.arange(40))
+    model = rg.choose_model(points, levels)
     for i in range(5):
         errors, deviation = rg.predict_others(model, sites, np.arange(40) != i)
         assert_allclose(errors[0], model.errors[i], rtol=1e-6)

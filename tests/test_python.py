@@ -246,7 +246,7 @@ def test_units_are_refused():
 def test_gray_arrays_everywhere():
     sky = tifffile.imread(ROOT / 'test_data' / 'sky.tif')[..., 0]
     chosen = rg.choose_points(sky)
-    _, levels, noise, _ = rg.measure_levels(sky, chosen.points)
+    _, levels, noise, *_ = rg.measure_levels(sky, chosen.points)
     assert levels.shape == noise.shape == (len(chosen.points.x), 1)
     assert_array_equal(levels, chosen.levels)
     assert_array_equal(rg.choose_points(sky[..., None]).points.x, chosen.points.x)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A picture beside a reference of the same field."""
 import functools
+import re
+import sys
 
 import numpy as np
 import pytest
 import tifffile
-from helpers import measured, words
+from helpers import measured, scatter, words
 from numpy.testing import assert_allclose, assert_array_equal
-from scipy.ndimage import gaussian_filter, rotate, shift
+from scipy.ndimage import affine_transform, gaussian_filter, rotate, shift
 
 import rmgradient as rg
 
@@ -60,7 +62,7 @@ def beside(frame, reference, **more):
 
 
 def places_beside(frame, reference, n=15, given=None):
-    return rg.places_beside_reference([rg.as_picture(each) for each in (frame, reference)], n, 8.0, given)
+    return rg.places_beside_reference(rg.as_picture(frame), n, 8.0, given)[0]
 
 
 def test_reference_tells_nebula_from_glow():
@@ -158,22 +160,232 @@ def test_gray_reference_of_a_gray_field_is_as_good():
 def test_places_without_data_in_the_reference_are_left_out():
     frame, reference, _ = pair()
     reference[:, :150] = 0
-    points = places_beside(frame, reference, 24)
-    assert points.x.min() >= 150  # at least half of each window has data
-    given = rg.make_points([(100, 100), (300, 300), (400, 200)])
-    with pytest.raises(rg.RmgradientError, match=r'point \(100, 100\) has data at only 0 %'):  # certain ones are kept
-        places_beside(frame, reference, 24, given)
-    with pytest.raises(rg.RmgradientError, match='only 0 of .* quiet places have data'):
-        places_beside(frame, 0 * reference, 24)
+    found = beside(frame, reference)
+    assert found.points.x.min() >= 150  # at least half of each window has data
+    given = [(100, 100), *scatter(HEIGHT, WIDTH, 20).tolist()]
+    n_lost = sum(x < 148 for x, _ in given)
+    found = rg.find_correction(frame, given, reference=reference)
+    assert len(found.points.x) >= len(given) - n_lost - 2  # these may differ otherwise
+    assert found.points.x.min() >= 148
+    lost, = (finding for finding in found.findings if finding.kind == 'lost')
+    assert lost.numbers['points'] == n_lost > 1
+    with pytest.raises(rg.RmgradientError, match='only 0 of .* points have data in the picture and on the reference'):
+        beside(frame, 0 * reference)
 
 
 @pytest.mark.parametrize(('reference', 'match'), [
-    (np.ones((400, 500, 3)), 'is 500 x 400 pixels and the picture 600 x 400; register it'),
     (np.ones((400, 600, 2)), 'has 2 channels and the picture 3'),
-    (800 + field(99) + np.random.default_rng(1).normal(0, 10, (400, 600, 3)), r'correlate .* by .*0\.\d+.* only')])
+    (800 + field(99) + np.random.default_rng(1).normal(0, 10, (400, 600, 3)), 'its stars are not those of the picture'),
+    (np.random.default_rng(1).normal(99, 5, (400, 600)), 'its details are not those of the picture')])
 def test_references_that_are_none(reference, match):
     with pytest.raises(rg.RmgradientError, match=match):
         beside(pair()[0], reference)
+
+
+@pytest.mark.parametrize(('levels', 'match'), [
+    (np.ones((5, 2)), r'levels of a reference of shape \(5, 2\)'), ('x', 'are not numbers'),
+    (np.full((30, 1), np.nan), 'not finite')])
+def test_odd_levels_of_a_reference(levels, match):
+    points = rg.make_points(scatter(n=30))
+    with pytest.raises(rg.RmgradientError, match=match):
+        rg.fit_beside_reference(measured(points, np.ones((30, 3))), levels)
+
+
+# ---- what real references are like ----------------------------------------------------------------------------------
+
+def test_stars_of_other_colors_and_sizes():
+    """They are left out of both pictures, as far as they stand out."""
+    rng = np.random.default_rng(8)
+    places = rng.integers(0, HEIGHT, 800), rng.integers(0, WIDTH, 800)
+    stars = []
+    for width in (1.2, 2.0):
+        drawn = np.zeros((HEIGHT, WIDTH, 3))
+        drawn[places] = 3000 * rng.pareto(1.2, (800, 1)).clip(0, 50) * rng.uniform(0.3, 1.5, (800, 3))
+        stars.append(gaussian_filter(drawn, (width, width, 0)))
+    frame, reference, background = pair()
+    frame, reference = (each + light for each, light in zip((frame, reference), stars))
+    assert error_of(beside(frame, reference).model, background) < 8
+
+
+def test_field_of_stars_alone():
+    """Without a nebula, only stars tell the scale."""
+    rng = np.random.default_rng(9)
+    stars = np.zeros((HEIGHT, WIDTH))
+    stars[rng.integers(0, HEIGHT, 900), rng.integers(0, WIDTH, 900)] = 3000 * rng.pareto(1.2, 900).clip(0, 50)
+    stars = gaussian_filter(stars, 1.3)[..., None]
+    background = glow(rng)
+    frame = background + 0.8 * stars + rng.normal(0, 50, background.shape)
+    found = beside(frame, 800 + 100 * V[..., None] + stars + rng.normal(0, 10, background.shape))
+    assert_allclose(found.fit.beside.scale, 0.8, rtol=0.03)
+    assert error_of(found.model, background - 80 * V[..., None]) < 5
+
+
+@pytest.mark.parametrize('spoil', [lambda blue: np.random.default_rng(1).normal(900, 200, blue.shape),
+                                   lambda blue: 9000 - blue.astype(float)])
+def test_channel_that_is_not_explained_is_named(spoil):
+    frame, reference, background = pair()
+    reference = reference.astype(float)
+    reference[..., 2] = spoil(reference[..., 2])
+    found = beside(frame, reference)
+    channel, = (finding for finding in found.findings if finding.kind == 'channel')
+    assert 'does not explain blue' in str(channel)
+    assert found.fit.beside.scale[2] == 0
+    errors = (found.model.evaluate(0, HEIGHT, WIDTH) - background)[2::4, 2::4].std(axis=(0, 1))
+    assert (errors[:2] < 6).all()
+
+
+def test_reference_that_is_the_picture_itself():
+    frame, _, _ = pair()
+    found = beside(frame, frame[..., 1])
+    same, = (finding for finding in found.findings if finding.kind == 'same')
+    assert 'green' in str(same)
+    assert not [finding for finding in beside(*pair()[:2]).findings if finding.kind == 'same']
+
+
+@pytest.mark.parametrize('curve', [lambda z: z**0.5, lambda z: np.arcsinh(z * 30) / 4.1])
+def test_reference_that_is_stretched_is_told(curve):
+    frame, reference, _ = pair()
+    z = np.clip((reference - 700.0) / 8000, 0, 1)
+    assert 'not linear' in [finding.kind for finding in beside(frame, 60000 * curve(z)).findings]
+    assert not beside(frame, 60000 * z).findings
+
+
+# ---- one level, and the same picture for the same points -------------------------------------------------------------
+
+def test_all_frames_get_the_level_of_the_reference():
+    rng = np.random.default_rng(7)
+    reference = np.rint(800 + field() + rng.normal(0, 10, field().shape)).astype(np.uint16)
+    dark = np.median(gaussian_filter(reference.astype(float), (3, 3, 0)), axis=(0, 1))
+    for level, scale in ((600, 0.8), (1000, 1.0), (1300, 1.1)):
+        frame = np.rint(level + 900 * U[..., None] + scale * field() + rng.normal(0, 30, field().shape))
+        found = beside(frame.astype(np.uint16), reference)
+        assert_allclose(found.sky, found.fit.measured.reference.zero)
+        left = found.apply(frame.astype(np.uint16)) - scale * (field() + 800 - dark) - dark
+        assert np.abs(np.median(left, axis=(0, 1))).max() < 6
+    gray = beside(frame.astype(np.uint16), reference.astype(np.float32)).sky  # of another type: as without a reference
+    assert np.ptp(gray) == 0
+    assert_array_equal(beside(frame.astype(np.uint16), reference, sky=900).sky, 900)
+
+
+def test_the_same_points_give_the_same_picture():
+    """The zero of the reference does not depend on the points, and those that were kept stay."""
+    frame, reference, _ = pair()
+    for kind in (reference, reference.astype(np.float32)):  # with its level, and with that of the points
+        chosen = beside(frame, kind)
+        again = rg.find_correction(frame, chosen.points, reference=kind)
+        assert_array_equal(again.points.centers, chosen.points.centers)
+        assert np.abs(again.apply(frame).astype(int) - chosen.apply(frame)).max() <= 1
+        some = rg.find_correction(frame, scatter(HEIGHT, WIDTH, 60), reference=kind)
+        assert_array_equal(some.fit.measured.reference.zero, chosen.fit.measured.reference.zero)
+
+
+def test_isoline_of_a_point_that_is_left_out():
+    frame, reference, _ = pair()
+    places = [(float(x), float(y)) for x, y in scatter(HEIGHT, WIDTH, 40).tolist()]
+    places[20:20] = [(300, 200), (-310, 230), (-330, 260)]
+    reference[170:231, 270:331] += 3000  # something moved to the first point of an isoline
+    found = rg.find_correction(frame, places, reference=reference)
+    kept = {tuple(place) for place in found.points.centers.astype(int).tolist()}
+    assert not kept & {(300, 200), (310, 230), (330, 260)}
+
+
+# ---- references with other pixels ------------------------------------------------------------------------------------
+
+def turned(picture, angle, scale, mirror=False):
+    """Return a picture that is turned by degrees about its middle, scaled, and mirrored."""
+    height, width = picture.shape[:2]
+    a, size = np.radians(angle), np.array([round(height * scale), round(width * scale)])
+    matrix = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) / scale
+    if mirror:
+        matrix = np.diag([1, -1]) @ matrix
+    offset = (np.array([height, width]) - 1) / 2 - matrix @ ((size - 1) / 2)
+    return np.stack([affine_transform(picture[..., c].astype(float), matrix, offset, tuple(size), order=1)
+                     for c in range(picture.shape[2])], axis=2)
+
+
+@pytest.mark.parametrize(('spoil', 'words_of_it'), [
+    (lambda reference: turned(reference, 7, 0.8), r'by \d+ stars: 0\.80\d\d of its pixels for one, turned by -?7\.0'),
+    (lambda reference: turned(reference, 3, 1.0, mirror=True), 'mirrored'),
+    (lambda reference: reference[40:360, 50:550], 'by .* stars: 1.000'),
+    (lambda reference: turned(reference, 178, 1.0), 'turned by -?178.0'),
+    (lambda reference: turned(reference, -20, 2.5), '2.50')])
+def test_reference_with_other_pixels(spoil, words_of_it):
+    pytest.importorskip('astroalign')
+    frame, reference, background = pair()
+    found = beside(frame, spoil(reference))
+    assert re.search(words_of_it, found.fit.measured.reference.where)
+    assert not [finding for finding in found.findings if finding.kind in ('edge', 'step', 'corner', 'reference')]
+    # Where the reference has data, away from its border: up to 1.7 times what the registered one gives.
+    x, y = found.points.centers.T
+    inside = np.s_[int(y.min()):int(y.max()), int(x.min()):int(x.max())]
+    errors = (found.model.evaluate(0, HEIGHT, WIDTH) - background)[inside]
+    assert errors.std(axis=(0, 1)).max() < 12
+
+
+@pytest.mark.parametrize('pixels', [2, 9, 60])
+def test_shifted_reference_needs_no_other_package(pixels, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'astroalign', None)
+    frame, reference, background = pair()
+    reference = shift(reference.astype(float), (0, pixels, 0), order=0, mode='nearest')
+    found = beside(frame, reference)
+    assert re.match(rf'up to {pixels}\.\d pixels from its place, by \d+ stars', found.fit.measured.reference.where)
+    assert error_of(found.model, background) < (5 if pixels < 10 else 12)
+
+
+def test_without_the_package_the_way_out_is_told(two, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'astroalign', None)
+    tifffile.imwrite('small.tif', turned(tifffile.imread('best.tif'), 7, 0.8).astype(np.float32), photometric='rgb')
+    two.fails('--reference', 'small.tif', points=['-a'], match='small.tif: has other pixels than the picture: register '
+              'it, or let its stars be found: python -m pip install astroalign')
+
+
+def test_coordinates_in_the_sky(two):
+    fits = pytest.importorskip('astropy.io.fits')
+
+    def header(scale, angle, x, y):
+        a = np.radians(angle)
+        return fits.Header([('CTYPE1', 'RA---TAN'), ('CTYPE2', 'DEC--TAN'), ('CRVAL1', 83.0), ('CRVAL2', -5.0),
+                            ('CRPIX1', x), ('CRPIX2', y), ('CD1_1', -scale * np.cos(a)), ('CD1_2', scale * np.sin(a)),
+                            ('CD2_1', scale * np.sin(a)), ('CD2_2', scale * np.cos(a))])
+
+    frame, reference, background = pair()
+    fits.writeto('frame.fits', frame.transpose(2, 0, 1), header(1e-3, 0, 300.5, 200.5))
+    small = turned(reference, 11, 0.8).astype(np.float32)
+    fits.writeto('small.fits', small.transpose(2, 0, 1), header(1e-3 / 0.8, -11, 240.5, 160.5))
+    assert two('-i', 'frame.fits', '-o', 'o.fits', '-b', 'b.fits', '--reference', 'small.fits', points=['-a']) == 0
+    assert 'by the coordinates of both (WCS): 0.8 of its pixels for one' in two.stderr
+    errors = fits.getdata('b.fits').transpose(1, 2, 0) - background
+    assert errors[60:-60, 60:-60].std(axis=(0, 1)).max() < 10
+    # A matrix that is singular, and a field elsewhere.
+    for scale, other in ((0.0, 83.0), (1e-3, 200.0)):
+        bad = header(scale, 0, 240.5, 160.5)
+        bad['CRVAL1'] = other
+        fits.writeto('small.fits', small.transpose(2, 0, 1), bad, overwrite=True)
+        status = two('-i', 'frame.fits', '-o', 'o.fits', '--overwrite', '--reference', 'small.fits', points=['-a'])
+        assert 'Traceback' not in two.stderr
+        assert status == 0 or 'astroalign' in two.stderr
+        assert '(WCS)' not in two.stderr or 'can not be used' in two.stderr
+
+
+def test_rows_counted_from_the_other_end(two):
+    """A TIFF beside a FITS: as they are displayed."""
+    fits = pytest.importorskip('astropy.io.fits')
+    frame, reference, background = pair()
+    fits.writeto('best.fits', reference[::-1].transpose(2, 0, 1))
+    assert two('--reference', 'best.fits', '-b', 'bg.tif', points=['-a']) == 0
+    assert (tifffile.imread('bg.tif') - background)[2::4, 2::4].std(axis=(0, 1)).max() < 5
+
+
+def test_places_of_stars():
+    rng = np.random.default_rng(3)
+    x, y = rng.uniform(30, 570, 40), rng.uniform(30, 370, 40)
+    sky = 1000 + rng.normal(0, 5, (HEIGHT, WIDTH))
+    for i in range(40):
+        sky += 900 * np.exp(-((X - x[i]) ** 2 + (Y - y[i]) ** 2) / 2 / 1.6**2)
+    stars = rg.as_picture(sky).stars
+    distances = rg.distances_between(np.stack([x, y], axis=1), stars).min(axis=1)
+    assert np.quantile(distances, 0.8) < 0.2
+    assert len(stars) <= 45
 
 
 # ---- from the command line ------------------------------------------------------------------------------------------
@@ -199,22 +411,19 @@ def test_command_line(two):
 
 def test_command_line_errors(two):
     tifffile.imwrite('small.tif', np.ones((50, 50), np.uint8))
-    two.fails('--reference', 'small.tif', points=['-a'], match='small.tif: is 50 x 50 pixels and the picture 600 x 400')
+    two.fails('--reference', 'small.tif', points=['-a'], match='small.tif: ')
     two.fails('--reference', 'nowhere.tif', points=['-a'], match='nowhere.tif: No such file')
     tifffile.imwrite('other.tif', np.random.default_rng(1).normal(99, 5, (400, 600)).astype(np.float32))
-    two.fails('--reference', 'other.tif', points=['-a'], match='other.tif: details correlate with those of the picture')
+    two.fails('--reference', 'other.tif', points=['-a'], match='other.tif: its details are not those of the picture')
     two.fails('--reference', 'best.tif', '-m', '0.1', status=2, match='--reference needs --smooth auto')
     two.fails('-o', 'best.tif', '--overwrite', '--reference', 'best.tif', match='best.tif: is the input best.tif')
-    empty = tifffile.imread('best.tif')
-    empty[:, :100] = 0
-    tifffile.imwrite('empty.tif', empty, photometric='rgb')
-    two.fails('--reference', 'empty.tif', points=['-p', '90', '200', '300', '200', '400', '100'],
-              match='empty.tif: point (90, 200) has data at only 12 % of what is averaged within 24 pixels')
 
 
-def test_reference_that_is_not_registered(two):
-    """A shift by eight pixels is told."""
-    tifffile.imwrite('best.tif', np.roll(tifffile.imread('best.tif'), 8, axis=1), photometric='rgb')
+def test_reference_that_does_not_fit_is_told(two):
+    """Light that is in one of both."""
+    best = tifffile.imread('best.tif')
+    best[:, :300] += 0.3 * gaussian_filter(np.random.default_rng(4).normal(0, 1, (400, 300, 3)), (15, 15, 0))
+    tifffile.imwrite('best.tif', best, photometric='rgb')
     assert two('--reference', 'best.tif', points=['-a', '15']) == 0
     assert 'is it registered to the pixel?' in two.stderr
 
