@@ -281,7 +281,7 @@ def test_the_same_points_give_the_same_picture():
 
 def test_isoline_of_a_point_that_is_left_out():
     frame, reference, _ = pair()
-    places = [(float(x), float(y)) for x, y in scatter(HEIGHT, WIDTH, 40).tolist()]
+    places = [(float(x), float(y)) for x, y in scatter(HEIGHT, WIDTH, 120).tolist()]
     places[20:20] = [(300, 200), (-310, 230), (-330, 260)]
     reference[170:231, 270:331] += 3000  # something moved to the first point of an isoline
     found = rg.find_correction(frame, places, reference=reference)
@@ -351,7 +351,7 @@ def test_coordinates_in_the_sky(two):
     frame, reference, background = pair()
     fits.writeto('frame.fits', frame.transpose(2, 0, 1), header(1e-3, 0, 300.5, 200.5))
     small = turned(reference, 11, 0.8).astype(np.float32)
-    fits.writeto('small.fits', small.transpose(2, 0, 1), header(1e-3 / 0.8, -11, 240.5, 160.5))
+    fits.writeto('small.fits', small.transpose(2, 0, 1), header(1e-3 / 0.8, 11, 240.5, 160.5))
     assert two('-i', 'frame.fits', '-o', 'o.fits', '-b', 'b.fits', '--reference', 'small.fits', points=['-a']) == 0
     assert 'by the coordinates of both (WCS): 0.8 of its pixels for one' in two.stderr
     errors = fits.getdata('b.fits').transpose(1, 2, 0) - background
