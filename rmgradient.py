@@ -37,21 +37,18 @@ Examples: points chosen automatically, and points from a file through xargs.
 # - people: Display, Pipeline, Command line.
 from __future__ import annotations
 
-import gc
+import _signal  # a part of the interpreter: `signal` has to be read from a file
 import os
-import signal
 import sys
 
 # ---- Process -------------------------------------------------------------------------------------
 
 if IS_COMMAND := os.path.splitext(os.path.basename(''.join(sys.argv[:1])))[0] == 'rmgradient':
     # The process is ours alone. Until main() takes over, an interruption ends it quietly, also while libraries load.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     # Our threads take strips each: threads inside of small matrix products would only be in their way.
     os.environ.update(dict.fromkeys(
         ('OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'OMP_NUM_THREADS', 'VECLIB_MAXIMUM_THREADS'), '1'))
-    # Loading makes much and frees nothing, and one picture is corrected in less time than garbage is looked for.
-    gc.disable()
 
 import argparse
 import collections
@@ -61,6 +58,7 @@ import copy
 import dataclasses
 import errno
 import functools
+import gc
 import importlib.util
 import io
 import itertools
@@ -70,6 +68,7 @@ import numbers
 import re
 import shlex
 import shutil
+import signal
 import stat
 import struct
 import threading
@@ -81,6 +80,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
+
+if IS_COMMAND:
+    # Loading makes much and frees nothing, and one picture is corrected in less time than garbage is looked for.
+    gc.disable()
 
 
 def why_not_loaded(error):
@@ -125,19 +128,44 @@ N_WORKERS = min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
 SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 
 
-def one_blas_thread():
+class _OneBlasThread:
     """Limit BLAS to one thread, as the command's environment does.
 
     Our matrices are small, and we work in threads already: more of them would wait for each other, and use ten times
-    the processor time.
+    the processor time. The first of several threads of the caller sets the limit, and the last one restores it.
     """
-    return contextlib.nullcontext() if IS_COMMAND else _blas().limit(limits=1, user_api='blas')
+
+    def __init__(self):
+        self._lock, self._n_inside, self._controller, self._limits = threading.Lock(), 0, None, None
+
+    def __enter__(self):
+        if IS_COMMAND:
+            return
+        with self._lock:
+            if not self._n_inside:
+                import threadpoolctl
+                self._controller = self._controller or threadpoolctl.ThreadpoolController()
+                self._limits = self._controller.limit(limits=1, user_api='blas')
+            self._n_inside += 1
+
+    def __exit__(self, *_):
+        if IS_COMMAND:
+            return
+        with self._lock:
+            self._n_inside -= 1
+            if not self._n_inside:
+                self._limits.restore_original_limits()
 
 
-@functools.lru_cache
-def _blas():
-    import threadpoolctl
-    return threadpoolctl.ThreadpoolController()
+one_blas_thread = _OneBlasThread()
+_WARNINGS = threading.RLock()  # `catch_warnings` changes what is the same for all threads
+
+
+@contextlib.contextmanager
+def no_warnings():
+    """Ignore Python warnings of libraries in the block, one thread at a time."""
+    with _WARNINGS, warnings.catch_warnings(action='ignore'):
+        yield
 
 
 def in_two_threads(work, arguments):
@@ -290,21 +318,27 @@ class Settings:
     def __post_init__(self):
         if not (isinstance(self.sigma, numbers.Real) and 0.1 <= self.sigma <= 10000):
             raise RmgradientError(f'a blur of sigma {self.sigma!r} is not a number of pixels from 0.1 to 10000')
-        if self.smooth != 'auto' and not (isinstance(self.smooth, numbers.Real) and 0 <= self.smooth < math.inf):
+        is_word = isinstance(self.smooth, str) and self.smooth == 'auto'
+        if not is_word and not (isinstance(self.smooth, numbers.Real) and 0 <= self.smooth <= 1e308):
             raise RmgradientError(f"smoothness {self.smooth!r} is neither a number from 0 on nor 'auto'")
         if not (isinstance(self.rows, numbers.Integral) and self.rows > 0):
             raise RmgradientError(f'rows are {self.rows!r}, not a whole number above 0')
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise RmgradientError(f'method {self.method!r} is none of {", ".join(METHODS)}')
+        if not isinstance(self.dither, (bool, np.bool_)):
+            raise RmgradientError(f'dither is {self.dither!r}, not True or False')
+        if not (isinstance(self.compress, numbers.Integral) and 0 <= self.compress <= 9):
+            raise RmgradientError(f'compress is {self.compress!r}, not a level from 0 to 9')
         if self.auto is not None and not (isinstance(self.auto, numbers.Integral) and self.auto >= 0):
             raise RmgradientError(f'auto is {self.auto!r}, not a number of cells along the longer side')
-        if self.white is not None and not (isinstance(self.white, numbers.Real) and 0 < self.white < math.inf):
+        if self.white is not None and not (isinstance(self.white, numbers.Real) and 0 < self.white <= 1e308):
             raise RmgradientError(f'white is {self.white!r}, not a number above 0')
         if isinstance(self.sky, str) and self.sky in SKIES or self.sky is None:
             return
         try:
-            is_number = np.ndim(self.sky) < 2 and np.isfinite(np.asarray(self.sky, float)).all() and np.size(self.sky)
-        except (TypeError, ValueError):
+            level = np.asarray(self.sky)
+            is_number = level.ndim < 2 and level.dtype.kind in 'iuf' and np.isfinite(level).all() and level.size
+        except (TypeError, ValueError, OverflowError):
             is_number = False
         if isinstance(self.sky, str) or not is_number:
             raise RmgradientError(f'the level of the sky, {self.sky!r}, is neither a number, nor one for each channel, '
@@ -318,7 +352,7 @@ class Settings:
     @property
     def is_adaptive(self):
         """Whether the model is the adaptive one, through levels without stars."""
-        return self.smooth == 'auto'
+        return isinstance(self.smooth, str)
 
 
 # ---- Points --------------------------------------------------------------------------------------
@@ -433,8 +467,11 @@ def make_points(pairs: ArrayLike, sources: Sequence[str] = (), least: int = 3) -
         places, or more than `MOST_POINTS`.
     """
     try:
-        pairs = np.asarray(pairs, float)
-    except (TypeError, ValueError) as error:
+        pairs = np.asarray(pairs)
+        if pairs.dtype.kind == 'c':
+            raise TypeError
+        pairs = pairs.astype(float)
+    except (TypeError, ValueError, OverflowError) as error:
         raise RmgradientError('points are not pairs of numbers') from error
     if pairs.size == 0:
         raise RmgradientError('no points; give at least three')
@@ -455,6 +492,20 @@ def make_points(pairs: ArrayLike, sources: Sequence[str] = (), least: int = 3) -
     if len(seen) < least:
         raise RmgradientError(f'too few points, {len(seen)}; give at least three')
     return points
+
+
+def as_points(points: ArrayLike | Points) -> Points:
+    """Return pairs, or Points, as Points that can be used; RmgradientError for others, see `make_points`."""
+    if not isinstance(points, Points):
+        return make_points(points)
+    x, y, leader = (np.asarray(each) for each in points[:3])
+    if not (x.ndim == 1 and len(x) and x.shape == y.shape == leader.shape
+            and all(each.dtype.kind in 'iu' and each.min() >= 0 for each in (x, y, leader)) and (leader < len(x)).all()
+            and (leader[leader] == leader).all() and len(points.sources) in (0, len(x))
+            and max(x.max(), y.max()) < 2**31 and isinstance(points.least_shape, numbers.Real)
+            and 0 <= points.least_shape < 1e9 and len(set(zip(x.tolist(), y.tolist()))) == len(x) >= 1):
+        raise RmgradientError('these are no Points of make_points or choose_points')
+    return points._replace(x=x, y=y, leader=leader)
 
 
 def unchecked_points(pairs, sources=()):
@@ -501,7 +552,8 @@ LONG_RUN = 32  # pixels of a row that are all 0 and have no data; shorter ones i
 class Picture:
     """Pixels of which any rows can be read: an array, or an open file, for which each format fills this in.
 
-    `picture[top:bottom, left:right]` is an array of the color channels. `read` gives extra samples (alpha), too.
+    `picture[top:bottom, left:right]` is an array of the color channels, and `numpy.asarray(picture)` all of them.
+    `read` gives extra samples (alpha), too.
     All may be called from several threads.
     """
 
@@ -521,10 +573,24 @@ class Picture:
         """Return rows start to stop - 1 as a new (n_rows, n_columns, n_samples) ndarray in native byte order."""
         raise NotImplementedError
 
-    def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
-        rows, columns = window
-        color = self.read(rows.start, rows.stop, columns.start, columns.stop)[..., :self.shape[2]]
-        return color if self.blank is None else np.where(color == self.blank, np.nan, color)
+    def __getitem__(self, window: Any) -> np.ndarray:
+        window = window if isinstance(window, tuple) else (window,)
+        rows, columns, *channels = (*window, *[slice(None)] * (2 - len(window)))
+        (top, bottom, rows), (left, right, columns) = map(_bounds, (rows, columns), self.shape)
+        if top >= bottom or left >= right:
+            color = np.empty((max(0, bottom - top), max(0, right - left), self.shape[2]), self.dtype)
+        else:
+            color = self.read(top, bottom, left, right)[..., :self.shape[2]]
+        color = color if self.blank is None else np.where(color == self.blank, np.nan, color)
+        # Columns first: an integer takes its axis away.
+        color = color[:, columns][rows]
+        return color[(..., *channels)] if channels else color
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
 
     def usable(self, rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return the color channels of a window, and which of its pixels can be measured, (n_rows, n_columns) bool.
@@ -624,14 +690,33 @@ class Picture:
         """Close the file, if there is one."""
 
 
+def _bounds(index, n):
+    """Return the first and last pixel that an integer or a slice of an axis needs, and what takes it from these."""
+    if isinstance(index, numbers.Integral):
+        if not -n <= index < n:
+            raise IndexError(f'row or column {index} of {n}')
+        return index % n, index % n + 1, 0
+    if not isinstance(index, slice):
+        raise RmgradientError(f'a Picture takes integers and slices of rows and columns, not {index!r}')
+    start, stop, step = index.indices(n)
+    if step < 0:
+        raise RmgradientError('a Picture takes no slices backwards; take [::-1] of what it returns')
+    return start, max(start, stop), slice(None, None, step)
+
+
 class Flipped(Picture):
     """Another picture upside down: FITS counts rows from the bottom, and TIFF from the top."""
 
     def __init__(self, picture):
         self._picture, self.path, self.shape, self.n_samples = picture, picture.path, picture.shape, picture.n_samples
-        for name in ('dtype', 'scale', 'zero', 'blank', 'alpha', 'starmap'):
+        for name in ('dtype', 'scale', 'zero', 'blank', 'alpha'):
             setattr(self, name, getattr(picture, name))
         self.mask = picture.mask and picture.mask.flipped
+
+    @property
+    def starmap(self):
+        """That of the other, which changes from picture to picture."""
+        return self._picture.starmap
 
     def read(self, start, stop, left=0, right=None):
         height = self.shape[0]
@@ -679,7 +764,10 @@ def as_picture(image: ArrayLike | Picture, mask: ArrayLike | None = None) -> Pic
         picture = ArrayPicture(array)
     if isinstance(mask, Picture):
         mask = mask.physical(mask[0:mask.shape[0], 0:mask.shape[1]]) != 0
-    masks = [np.asarray(each) for each in (own, mask) if each is not None and each is not np.ma.nomask]
+    try:
+        masks = [np.asarray(each) for each in (own, mask) if each is not None and each is not np.ma.nomask]
+    except ValueError as error:
+        raise RmgradientError('rows of different lengths are not a mask') from error
     for i, each in enumerate(masks):
         if each.shape[:2] != picture.shape[:2] or each.ndim not in (2, 3):
             raise RmgradientError(f'a mask of shape {each.shape} does not suit a picture of {picture.shape[0]} x '
@@ -919,7 +1007,7 @@ def measure_levels(image: ArrayLike | Picture, points: ArrayLike | Points, sigma
         If a point is outside; or if a measured one is masked, so close to the border that the blur reaches it, or has
         less than half of its weight on usable pixels.
     """
-    points = points if isinstance(points, Points) else make_points(points)
+    points = as_points(points)
     windows = windows_of(as_picture(image), points, Settings(sigma=sigma).sigma, robust)
     for i, window in windows.items():
         if isinstance(window, Unusable):
@@ -1177,7 +1265,7 @@ def choose_model(points, levels, least_error=0.0):
     rounding = np.maximum(1e-10 * np.abs(levels).max(axis=0), least_error)
     scale = levels.std(axis=0) + rounding + TINY
     # Three places can't judge a plane: it goes through all of them, without an error, and is chosen.
-    with one_blas_thread():
+    with one_blas_thread:
         return min(_likeliest_of_each_trend(problem, rounding, points.least_shape),
                    key=lambda model: ((model.errors / scale) ** 2).mean()
                    / (MOST_TILTED if model.trend == 'tilted plane' else 1))
@@ -1467,13 +1555,13 @@ def fit_background(measured: Measured, smooth: float | str = 'auto') -> Fit:
         If the smoothness is no number from 0 on, or makes the equations singular.
     """
     points, levels = measured.points, measured.levels
-    if Settings(smooth=smooth).smooth == 'auto':
+    if Settings(smooth=smooth).is_adaptive:
         # What is far below the noise is an exact reference, and would decide about the shape alone.
         adaptive = choose_model(points, levels, EXACT * np.median(measured.noise, axis=0))
         model = BackgroundModel(points.centers, adaptive.weights, adaptive.epsilon, adaptive.plane)
         return Fit(measured, model, adaptive)
     from scipy.interpolate import Rbf  # takes longer to load than most pictures to correct
-    with warnings.catch_warnings(action='ignore'):  # "ill-conditioned": judged below by what matters
+    with no_warnings():  # "ill-conditioned": judged below by what matters
         try:
             rbf = Rbf(*points.centers.T, levels, function='multiquadric', mode='N-D', smooth=smooth)
             off = np.abs(rbf.A @ rbf.nodes - levels).max()
@@ -1618,10 +1706,11 @@ def significance(errors, standardized, least, usual=None):
 
 REFERENCE_AUTO = 24  # cells along the longer side: on nebulae, too, the more the better
 REFERENCE_MISFIT = 5.0  # typical errors: a point that fits the reference worse is left out
-MISREGISTERED = 5.0  # noises of levels: a reference that explains the points worse is not registered
-SAME = 0.4  # noises of levels: two pictures never agree so well
+MISREGISTERED = 2.5  # noises of levels: what a reference leaves of the points, if it does not suit the picture
+SAME = 0.05  # noises of levels: two pictures never agree so well
+FAR = 300.0  # deviations: levels of no light
 WEAK = 0.03  # relative error of the scale: if levels without stars say less, those with stars are better
-BENT, BENT_NOISES = 5.0, 1.0  # errors, and noises of levels: a larger square of its light shows that it is not linear
+BENT, BENT_NOISES = 8.0, 1.0  # errors, and noises of levels: a larger square of its light shows that it is not linear
 LEAST_CORRELATION = 0.5  # of details: of the same field it is above 0.9, of another one below 0.15
 # Registration by stars
 MOST_STARS, LEAST_STARS = 400, 8  # to refine a registration, and to believe it
@@ -1664,10 +1753,13 @@ def fit_beside_reference(measured: Measured, reference: ArrayLike) -> Fit:
     """
     levels = measured.levels
     try:
-        reference = np.asarray(reference, float)
-    except (TypeError, ValueError) as error:
+        reference = np.asarray(reference)
+        if reference.dtype.kind not in 'iuf':
+            raise TypeError
+        reference = reference.astype(float)
+    except (TypeError, ValueError, OverflowError) as error:
         raise RmgradientError('levels of a reference are not numbers') from error
-    if reference.shape not in (levels.shape, (len(levels), 1)) or not np.isfinite(reference).all():
+    if reference.shape not in (levels.shape, (len(levels), 1)) or not (np.abs(reference) < 1e140).all():
         raise RmgradientError(f'levels of a reference of shape {reference.shape} are not finite numbers for a picture '
                               f'with levels of shape {levels.shape}')
     known = ReferenceLevels(reference, reference, levels, np.median(reference, axis=0))
@@ -1693,6 +1785,12 @@ def fit_with_reference(measured):
         measured = measured._replace(levels=np.where(weak, reference.ours, levels))
         light = np.where(weak, with_stars, light)
         fit = _fit_kept(measured, light)
+    if not fit.beside.explained.any():
+        # A broad nebula is smooth, too, and was taken for background. As a start, it is none.
+        plane = trend_terms(measured.points.centers, measured.points.centers, 'plane')
+        detail, ours = without_trend(light, plane), without_trend(measured.levels, plane)
+        start = (detail * ours).sum(axis=0) / np.maximum((detail**2).sum(axis=0), TINY)
+        fit = _fit_kept(measured, light, start)
     explained = fit.beside.explained
     if not explained.any():
         raise NotRegistered('its details are not those of the picture; is it registered, and does it show the same '
@@ -1703,17 +1801,23 @@ def fit_with_reference(measured):
     return fit._replace(beside=fit.beside._replace(explained=explained))
 
 
-def _fit_kept(measured, light):
-    """Fit a picture with the (n_points, n_channels) light of a reference.
+def _fit_kept(measured, light, start=0.0):
+    """Fit a picture with the (n_points, n_channels) light of a reference, whose scale is about that of the start.
 
     The picture is scale x reference + background: kriging with external drift (Chiles and Delfiner 2012, Geostatistics,
     section 5.6). Given shape and smoothness, generalized least squares gives the scale, and ordinary kriging of what is
     left the background, which are the same equations as with one more term of the trend. Both take turns until the
     scale stays. Points that fit badly, such as satellites and moved objects, are left out, and all is done again.
     """
-    leader, kept = measured.points.leader, np.ones(len(light), bool)
+    leader = measured.points.leader
+    # A value like that of no data would decide alone.
+    kept = np.all([np.abs(each - np.median(each, axis=0)) <= FAR * robust_std(each - np.median(each, axis=0))
+                   for each in (light, measured.levels)], axis=(0, 2))
+    kept &= kept[leader]
+    if kept.sum() < LEAST_PLACES:
+        kept[:] = True
     for i in range(10):
-        fit, scale, error, correlation = _fit_scale(measured.subset(kept), light[kept])
+        fit, scale, error, correlation = _fit_scale(measured.subset(kept), light[kept], start)
         standardized = np.abs(fit.adaptive.standardized)
         fits = (standardized <= REFERENCE_MISFIT * robust_std(standardized)).all(axis=1)
         is_hopeless = i > 1 and not (correlation >= LEAST_CORRELATION).any()
@@ -1729,10 +1833,10 @@ def _fit_kept(measured, light):
 
 
 @np.errstate(over='ignore', divide='ignore', invalid='ignore')  # a constant reference explains nothing
-def _fit_scale(measured, light):
+def _fit_scale(measured, light, start):
     """Return the Fit, the scale, its standard error, and the correlation of details of each channel."""
     points, levels = measured.points, measured.levels
-    scale = np.zeros(levels.shape[1])
+    scale = np.zeros(levels.shape[1]) + start
     for _ in range(10):
         fit = fit_background(measured._replace(levels=levels - scale * light))
         terms = trend_terms(points.centers, points.centers, fit.adaptive.trend)
@@ -1774,7 +1878,7 @@ def check_beside(fit, picture, sigma):
     if (beside.unexplained > MISREGISTERED * noise)[beside.explained].any():
         findings.append(Finding(
             'reference', f'the reference explains the points only to {in_words(scale * beside.unexplained)}, and the '
-            f'noise of their levels is {in_words(scale * noise)}', 'is it registered to the pixel?',
+            f'noise of their levels is {in_words(scale * noise)}', 'is it registered, and in the same colors?',
             numbers={'noises': float((beside.unexplained / noise).max())}))
     size, significant = np.median((beside.bend / [noise, 1 + 0 * noise])[:, beside.explained], axis=1)
     if significant > BENT and size > BENT_NOISES:
@@ -1785,8 +1889,8 @@ def check_beside(fit, picture, sigma):
     # Noise of pixels alone: that of levels has structure in a nebula.
     if (same := beside.unexplained < SAME * picture.tiles.noise / (2 * math.sqrt(math.pi) * sigma)).any():
         names = ' and '.join(name_of_channel(i, len(noise)) for i in np.flatnonzero(same))
-        findings.append(Finding('same', f'the reference is the picture itself ({names}), and has its gradient',
-                                'use another picture of the field'))
+        findings.append(Finding('same', f'the reference has the noise of the picture itself ({names}): what gradient '
+                                'it has, stays', 'use another picture of the field'))
     if n_lost := fit.measured.reference.n_lost:
         findings.append(Finding('lost', f'{n_lost} of the points given have no data on the reference, and are left out',
                                 'give others, or another reference', numbers={'points': n_lost}))
@@ -1801,8 +1905,8 @@ def name_of_channel(i, n_channels):
 class Reference:
     """A picture of the field with less gradient, and where the pixels of another picture are on it."""
 
-    def __init__(self, picture, locate=None, where=''):
-        self.picture, self.path, self.where = picture, picture.path, where
+    def __init__(self, picture, locate=None, where='', is_sure=False):
+        self.picture, self.path, self.where, self.is_sure = picture, picture.path, where, is_sure
         self._locate = locate  # None: at the same places
 
     @property
@@ -1854,7 +1958,10 @@ def measure_beside(picture, reference, points, sigma, given=None):
         try:
             found[i] = _measure_both(picture, reference.picture, place, kernel) if there is None else (
                 _measure_apart(picture, reference.picture, (place, there[0][i], there[1][i]), (kernel, sigma)))
+            if not all((np.abs(each) < 1e140).all() for each in found[i][1:]):
+                raise Lost
         except Lost:
+            found.pop(i, None)
             kept[i] = False
         except Unusable as error:
             if given[i]:
@@ -1863,8 +1970,8 @@ def measure_beside(picture, reference, points, sigma, given=None):
     kept = kept[points.leader]
     n_lost = np.count_nonzero(given & ~kept)
     if len(np.unique(points.leader[kept])) < LEAST_PLACES and not kept.all():
-        raise RmgradientError(f'only {kept.sum()} of {len(kept)} points have data in the picture and on the reference '
-                              f'{reference.path}; give at least {LEAST_PLACES} that have')
+        raise NotRegistered(f'only {kept.sum()} of {len(kept)} points have data in the picture and on the reference; '
+                            f'give at least {LEAST_PLACES} that have')
     chosen = Chosen(np.count_nonzero(given & kept), np.count_nonzero(~given), True) if not given.all() else None
     points, old = points.subset(kept), np.flatnonzero(kept)
     measured = measured_from(points, {new: found[i][0] for new, i in enumerate(old) if i in found})
@@ -1906,10 +2013,11 @@ def _measure_apart(picture, reference, places, kernel_and_sigma):
     (here, there, slopes), (kernel, sigma) = places, kernel_and_sigma
     rows, columns = _around(picture, here, kernel)
     values, usable, narrow = _read_window(picture, rows, columns, kernel)
-    sigma = max(sigma * math.sqrt(abs(np.linalg.det(slopes))), 0.5)  # of a coarse reference: a pixel is no smaller
+    if not (np.isfinite(there).all() and np.isfinite(slopes).all()):
+        raise Lost
+    sigma = min(max(sigma * math.sqrt(abs(np.linalg.det(slopes))), 0.5), 1e5)  # a pixel is no smaller
     radius, middle = math.ceil(3 * sigma), np.rint(there)
-    if not (np.isfinite(there).all() and (middle >= radius).all()
-            and (middle + radius < reference.shape[1::-1]).all()):
+    if not ((middle >= radius).all() and (middle + radius < reference.shape[1::-1]).all()):
         raise Lost
     (x, y), inside = middle.astype(int).tolist(), np.arange(-radius, radius + 1)
     theirs, also, thin = _read_window(reference, *(slice(at - radius, at + radius + 1) for at in (y, x)),
@@ -1920,7 +2028,7 @@ def _measure_apart(picture, reference, places, kernel_and_sigma):
     if weights.sum(where=also) < LEAST_SHARE * weights.sum():
         raise Lost
     ours_kept, theirs_kept = (_is_near_median(a, b).all(axis=0) & b for a, b in ((values, usable), (theirs, also)))
-    if len(narrow) == len(kernel) and len(thin) == 2 * radius + 1:
+    if len(narrow) == len(kernel) and len(thin) == 2 * radius + 1 and abs(np.linalg.det(slopes)) > 1e-9:
         back = np.linalg.inv(slopes)
         in_both = (ours_kept & _looked_up(theirs_kept, len(kernel) // 2, slopes, there - middle),
                    theirs_kept & _looked_up(ours_kept, radius, back, back @ (middle - there)))
@@ -1978,7 +2086,7 @@ def register_by_shift(picture, beside):
         raise NotRegistered('its stars are not those of the picture at the same places; is it registered, and does it '
                             'show the same field?')
     if moved.max() < MOVED:
-        return Reference(beside)
+        return Reference(beside, is_sure=True)
     where = f'up to {moved.max():.1f} pixels from its place, by {len(pairs)} stars'
     return Reference(beside, lambda places: places @ matrix[:2] + matrix[2], where)
 
@@ -2057,6 +2165,7 @@ def bin_factor(picture):
     return max(1, -(-max(picture.shape[:2]) // BINNED))
 
 
+@np.errstate(all='ignore')  # huge values
 def find_stars(picture, rows=None, columns=None):
     """Return the (n_stars, 2) places x, y of the brightest stars of a window, the brightest first.
 
@@ -2067,6 +2176,7 @@ def find_stars(picture, rows=None, columns=None):
     width, height = columns.stop - columns.start, rows.stop - rows.start
     factor = max(1, -(-max(width, height) // BINNED))
 
+    @np.errstate(all='ignore')  # in each thread
     def binning(start, stop):
         values, usable = picture.usable(slice(rows.start + start, rows.start + stop), columns)
         gray = np.where(usable, values.mean(axis=2, dtype=float), 0)
@@ -2074,9 +2184,8 @@ def find_stars(picture, rows=None, columns=None):
             -1, factor, -(-width // factor), factor).sum(axis=(1, 3)) for each in (gray, usable))
         return np.where(number > 0, total / np.maximum(number, 1), np.nan)
 
-    with np.errstate(invalid='ignore', over='ignore'):
-        groups = row_groups(height, factor * max(1, ROWS // factor))
-        gray = np.concatenate(list(picture.starmap(binning, groups)))
+    groups = row_groups(height, factor * max(1, ROWS // factor))
+    gray = np.concatenate(list(picture.starmap(binning, groups)))
     known = np.isfinite(gray)
     gray = np.where(known, gray, np.median(gray[known]) if known.any() else 0)
     sharp = gaussian_filter(gray, 1.0) - gaussian_filter(gray, 4.0)
@@ -2116,7 +2225,7 @@ AGREES = 1.3  # times the 99 % quantile of chi-squared: a place within is on the
 DROPPED = 5.0  # most cost of a place: with 8, broad surfaces swallow nebulae; with 3, it collapses
 BELOW = 4.0  # deviations: a place so far below the surface costs more, since little is darker than the sky
 LEAST_VARIANCE = 0.25  # of the levels about the surface, in units of their noise: nothing is gained below
-MOST_SCATTER_OF_ALL = 5.0  # noises, over the part of places that is sky: with more scatter, they do not agree
+MOST_SCATTER_OF_ALL = 4.2  # noises, over the part of places that is sky: with more scatter, they do not agree
 # What the consensus leaves out
 NEIGHBORS = 1.7  # cells: places no farther are neighbors, also across a corner
 RIM = 0.4  # a place with a larger part of its neighbors off the surface is on the rim of a nebula
@@ -2209,7 +2318,7 @@ def choose_points(image: ArrayLike | Picture, n: int = AUTO, sigma: float = SIGM
     varies |= not varies.any()
     noise, size = np.maximum(noise, rounding)[varies], np.array(picture.shape[1::-1])
     sites = Sites(points, levels[:, varies], noise, is_given, size, size.max() / n)
-    with one_blas_thread():
+    with one_blas_thread:
         sky = choose_sky(sites)
     is_sky = sky.is_sky & (is_given | (sites.from_certain() > 2 * sigma))
     chosen = Chosen(np.count_nonzero(is_given), np.count_nonzero(~is_given), bool(sky.agree))
@@ -2372,7 +2481,7 @@ def find_consensus(sites):
     A trimmed regression, in the manner of least trimmed squares and of the minimum covariance determinant
     (Rousseeuw and Van Driessen 1999, Technometrics 41, 212; 2006, Data Mining and Knowledge Discovery 12,
     29), over polynomials of several degrees and from many starts: all places, and the farther half or three
-    quarters from each of 6 x 5 centers, one of which lies in the nebula. With residuals r, their covariance
+    quarters from each of 6 x 6 centers, one of which lies in the nebula. With residuals r, their covariance
     S and d = r' S^-1 r, steps of concentration keep the half of smallest d; then all are kept that agree.
     The best set has the highest score, a log-likelihood minus the penalty of the Bayesian information criterion
     (BIC). With places i of weight v_i, n of them in all, k terms and c channels,
@@ -2388,7 +2497,7 @@ def find_consensus(sites):
     weights = np.where(certain, max(1, n_places / 2 / max(1, certain.sum())), 1.0)
     costs = np.where(certain, 10 * DROPPED, DROPPED)
     starts = [np.ones(n_places)]
-    for center in itertools.product(np.linspace(-1, 1, 6), np.linspace(-1, 1, 5)):
+    for center in itertools.product(np.linspace(-1, 1, 6), repeat=2):
         distance = np.hypot(*((places - center) * sites.size).T)
         starts += [(distance > np.quantile(distance, part)).astype(float) for part in (0.25, 0.5)]
 
@@ -2673,9 +2782,15 @@ def find_quiet_places(picture, n, sigma):
         return np.empty((0, 2), int)
     # Tiles of equal size, to a pixel, so that windows end with the border on all sides.
     edges = [np.round(np.linspace(0, n, n // tile + 1)).astype(int) for n in (width, height)]
-    variance, is_good = variance_of_windows(*survey_tiles(picture, edges), edges)
-    x, y = (np.minimum(each[1:-1], n - 1 - tile) for each, n in zip(edges, (width, height)))
-    windows = Windows(*np.meshgrid(x, y), variance, is_good)
+    total, squares, number = survey_tiles(picture, edges)
+    variance, is_good = variance_of_windows(total, squares, number, edges)
+    # The middle of a window is between two pixels. The one closer to the middle of the frame is taken, and in the
+    # middle the one on the calmer side, so that a mirrored picture gets mirrored points.
+    x, y = np.meshgrid(*(each[1:-1] for each in edges))
+    noisier = sides_of_windows(squares, total, number)
+    x = x - (2 * x > width) - ((2 * x == width) & noisier[0])
+    y = y - (2 * y > height) - ((2 * y == height) & noisier[1])
+    windows = Windows(np.minimum(x, width - 1 - tile), np.minimum(y, height - 1 - tile), variance, is_good)
     return quietest_of_cells(windows, np.array([width, height]), n)
 
 
@@ -2715,6 +2830,20 @@ def survey_tiles(picture, edges):
 
 
 @np.errstate(invalid='ignore', over='ignore', divide='ignore')
+def sides_of_windows(squares, total, number):
+    """Return whether the right, and the lower half of windows of 2 x 2 tiles varies more than the other."""
+    noisier = []
+    for axis in (1, 0):
+        halves = []
+        for side in (slice(None, -1), slice(1, None)):
+            a, b, n = (each[side] if axis == 0 else each[:, side] for each in (squares, total, number[..., None]))
+            a, b, n = (each[:, 1:] + each[:, :-1] if axis == 0 else each[1:] + each[:-1] for each in (a, b, n))
+            halves.append((a / n - (b / n) ** 2).sum(axis=2))
+        noisier.append(halves[1] > halves[0])
+    return noisier
+
+
+@np.errstate(invalid='ignore', over='ignore', divide='ignore')
 def variance_of_windows(total, squares, number, edges):
     """Return the variance of windows of 2 x 2 tiles, and whether they are good, see `Windows`."""
     total, squares, number = (a[1:, 1:] + a[1:, :-1] + a[:-1, 1:] + a[:-1, :-1] for a in (total, squares, number))
@@ -2740,7 +2869,7 @@ def quietest_of_cells(windows, size, n):
             for each, middle in zip(variance[is_good].T, typical)]
     good = is_good & (variance >= SMOOTH * np.array(calm)).all(axis=2) & np.isfinite(structure)
     n_across, n_down = np.maximum(1, np.round(size * n / size.max())).astype(int)
-    cell = y * n_down // size[1] * n_across + x * n_across // size[0]
+    cell = (2 * y + 1) * n_down // (2 * size[1]) * n_across + (2 * x + 1) * n_across // (2 * size[0])
     # On which side of a window there is none: 1 before, 2 behind, 3 both.
     padded = np.pad(is_good, 1)
     end_x = 2 * ~padded[1:-1, 2:] + ~padded[1:-1, :-2]
@@ -2757,6 +2886,8 @@ def quietest_of_cells(windows, size, n):
 
 # ---- Sky level -----------------------------------------------------------------------------------
 
+LIKE = 4.0  # times: levels of frames of one field do not differ more
+
 def find_sky(fit: Fit, picture: Picture, settings: Settings) -> np.ndarray:
     """Return the level that the sky gets, (n_channels,) in data units.
 
@@ -2772,8 +2903,9 @@ def find_sky(fit: Fit, picture: Picture, settings: Settings) -> np.ndarray:
         - 'color': the median level of each channel, so that the sky keeps its average color;
         - 'darkest': the lowest background of each channel in the frame, which takes a pass over the model;
         - a number, or one for each channel: this;
-        - None: with a reference of the same type, its own level, so that all frames of a field get the same; 'darkest'
-          for the classic model; else 'color' to divide, since gray would change the colors of stars; else 'gray'.
+        - None: with a reference of the same type, its own level, so that all frames of a field get the same, unless it
+          is more than `LIKE` times larger or smaller; 'darkest' for the classic model; else 'color' to divide, since
+          gray would change the colors of stars; else 'gray'.
 
     Raises
     ------
@@ -2782,7 +2914,7 @@ def find_sky(fit: Fit, picture: Picture, settings: Settings) -> np.ndarray:
     """
     sky, median = settings.sky, np.median(fit.measured.levels, axis=0)
     reference = fit.measured.reference
-    if sky is None and reference and reference.is_same_type:
+    if sky is None and reference and is_level_like(reference, median):
         level = np.broadcast_to(reference.zero, median.shape).astype(float)
         sky = picture.physical(level)
     if sky is None:
@@ -2803,6 +2935,11 @@ def find_sky(fit: Fit, picture: Picture, settings: Settings) -> np.ndarray:
             raise RmgradientError('to divide, the sky needs a level above 0, not '
                                   f'{in_words(picture.physical(level))}')
     return level
+
+
+def is_level_like(reference, levels):
+    """Whether the level of a reference of the same type can be that of the picture: a stretched one is far from it."""
+    return reference.is_same_type and bool(((reference.zero < LIKE * levels) & (levels < LIKE * reference.zero)).all())
 
 
 def find_darkest(model, picture, rows=ROWS):
@@ -2915,6 +3052,9 @@ class Correction:
         height, width, n_channels = picture.shape
         if n_channels != self.model.n_channels:
             raise RmgradientError(f'{n_channels} channels, and the correction is for {self.model.n_channels}')
+        if not (isinstance(start, numbers.Integral) and 0 <= int(start) < 2**31):
+            raise RmgradientError(f'start is {start!r}, not the number of a row')
+        start = int(start)
         corrected, counts = np.empty(picture.shape, picture.dtype), np.zeros(3, int)
         for first, last in row_groups(height, self.settings.rows):
             strip, n_limited = self.corrected_strip(picture, first, last, start)
@@ -3066,17 +3206,18 @@ UNSURE = 1.2  # noises: what is a guess in a ninth of the frame
 GOOD, POOR = 0.15, 0.6  # noises: expected error
 SCATTERED = 5.0  # noises of levels: points that agree better are rather too few
 REASONS = {'step': 'there is a step', 'filled': 'there is no smooth sky', 'structure': 'it follows structure',
-           'corner': 'a corner stays', 'edge': 'an edge stays', 'part': 'a part of the frame is a guess'}
+           'corner': 'a corner stays', 'edge': 'an edge stays', 'part': 'a part of the frame is uncertain'}
 # What is left in tiles, in noises of a pixel. Limits are set so that good results give no finding; see
 # docs/measurements.rst for what each finds.
 LEAST_EDGE, EDGE_DEPTH = 0.5, 5  # noises; tiles to what an edge is compared with, and as many of that
 LEAST_TILES = 2 * EDGE_DEPTH + 2  # across the picture
+REACHED = 0.1  # of the longer side: points so close follow an edge or a corner
 UNEVEN = 0.45  # relative deviation of four in five tiles along an edge
 SHARE, SCATTERS, OTHERS = 0.85, 2.0, 10.0  # of the jumps along a step have its sign; its height over their scatter, and
 # over the jumps of parallel lines
 RAMP = -0.9, 0.35  # of a step's height: slopes beside it; a bend has more, the rebound beside a step less
 LEAST_CORNER, EXPLAINED, NARROW = 0.8, 0.85, 0.13  # noises; by the distance alone; half width over the longer side
-FINE, FINE_PART, FINE_SHAPE = 0.07, 0.14, 3.0  # noises; part of the model's scatter; distances between points
+FINE, FINE_PART, FINE_SHAPE = 0.3, 0.14, 3.0  # noises; part of the model's scatter; distances between points
 
 
 class StepRule(NamedTuple):
@@ -3184,7 +3325,7 @@ def find_corner(a, x, y):
     """
     distance, known = np.hypot(x, y[:, None]), np.isfinite(a)
     near, ring, inside = distance < 0.05, (distance > 0.2) & (distance < 0.32), known & (distance < 0.25)
-    if (known & near).sum() < 0.7 * near.sum() or (known & ring).sum() < 0.6 * ring.sum():
+    if (known & near).sum() < max(1, 0.7 * near.sum()) or (known & ring).sum() < max(1, 0.6 * ring.sum()):
         return 0.0, 0.0
     base = np.median(a[known & ring])
     rise = np.median(a[known & near]) - base
@@ -3229,10 +3370,29 @@ class Leftover(NamedTuple):
         return f'{rounded(noises * self.noise[channel] * self.picture.scale)} {"brighter" if noises > 0 else "darker"}'
 
 
-def check_left(left):
-    """Return Findings of edges, steps and corners that are left, unless the picture is too small to tell."""
+def check_left(left, points):
+    """Return Findings of edges, steps and corners that are left, unless the picture is too small to tell.
+
+    Where no points are near, the surface is to blame. Where a nebula fills the frame, it does so at edges, too.
+    """
     if min(left.levels.shape[:2]) < LEAST_TILES:
         return []
+    findings = _find_left(left)
+    if points.least_shape:
+        return [each for each in findings if each.kind == 'step']
+    reach = REACHED * max(left.picture.shape[:2])
+    for i, finding in enumerate(findings):
+        if finding.kind != 'step':
+            x0, y0, x1, y1 = finding.places[0]
+            near = ((points.x >= x0 - reach) & (points.x < x1 + reach) & (points.y >= y0 - reach)
+                    & (points.y < y1 + reach))
+            if near.sum() < (3 if finding.kind == 'edge' else 1):
+                findings[i] = finding._replace(advice='add points of empty sky near there')
+    return findings
+
+
+def _find_left(left):
+    """Return Findings of edges, steps and corners."""
     edges, steps = check_edges(left), []
     for axis in (0, 1):
         height, row, slope, part, channel = left.strongest(lambda a, axis=axis: find_step(a if axis == 0 else a.T))
@@ -3261,7 +3421,7 @@ def edge_finding(left, place, noises, channel):
     axis, is_end, n = place
     size, side, lines = left.picture.shape[axis], left.side(axis, is_end), ('rows', 'columns')[axis]
     box = left.box(axis, size - n, size) if is_end else left.box(axis, 0, n)
-    text = f'the last {n} {lines} at the {side} are {left.words(noises, channel)} than those inside'
+    text = f'the outermost {n} {lines} at the {side} are {left.words(noises, channel)} than those inside'
     return Finding('edge', text, 'crop them, or correct the flat', places=(box,),
                    numbers={'noises': noises, 'side': side, 'pixels': n})
 
@@ -3342,7 +3502,8 @@ def check_structure(fit, left):
     if fine <= max(FINE, FINE_PART * np.sqrt(values.var(axis=0).mean())):
         return []
     text = f'the background follows structure of {fit.adaptive.epsilon:.0f} pixels, and takes it from nebulae and dust'
-    return [Finding('structure', text, NO_SKY, numbers={'noises': float(fine), 'pixels': fit.adaptive.epsilon})]
+    advice = 'use a reference in the same colors, or points on empty sky' if fit.beside else NO_SKY
+    return [Finding('structure', text, advice, numbers={'noises': float(fine), 'pixels': fit.adaptive.epsilon})]
 
 
 def check_parts(errors, left):
@@ -3362,7 +3523,7 @@ def check_parts(errors, left):
         return []
     names = sorted(unsure, key=unsure.get, reverse=True)
     counts = rounded(unsure[names[0]] * left.noise.mean() * left.picture.scale)
-    text = f'the background at the {", ".join(names)} is a guess, to {counts}'
+    text = f'the background at the {", ".join(names)} is uncertain by {counts}'
     numbers = {name: float(unsure[name]) for name in names}
     return [Finding('part', text, 'add points of empty sky there', numbers=numbers)]
 
@@ -3391,7 +3552,9 @@ def check_below_zero(fit, left):
     y, x, _ = np.unravel_index(background.argmin(), background.shape)
     if not background.min() < 0 < left.picture.physical(fit.measured.levels).min():
         return []
-    place = round(left.tiles.x[x]), round(left.tiles.y[y])
+    margin = left.tiles.side  # points can't be at the border
+    place = tuple(int(np.clip(round(each), min(margin, n // 2), max(n - margin, n // 2))) for each, n in
+                  zip((left.tiles.x[x], left.tiles.y[y]), left.picture.shape[1::-1]))
     return [Finding('below zero', f'the background falls to {in_words([background.min()])}, below 0, near {place}',
                     'add a point of empty sky there', places=(place,), numbers={'lowest': float(background.min())})]
 
@@ -3433,14 +3596,19 @@ def judge(fit, left, errors, findings):
             added += finding.numbers['noises'] ** 2 * part * (1 - part)
     noise, scale, kinds = float(left.noise.mean()), left.picture.scale, [finding.kind for finding in findings]
     expected, agree = math.sqrt((errors**2).mean() + added), float(np.sqrt((fit.adaptive.errors**2).mean()))
-    few = len(np.unique(fit.measured.points.leader)) < LEAST_PLACES
+    n_levels = len(np.unique(fit.measured.points.leader))
+    few = n_levels < LEAST_PLACES
+    if n_levels <= 4:  # each plane goes through three, and a fourth says little
+        text = f'fit: fair at best: {n_levels} points are too few to tell how good it is'
+        return Finding('fit', text, severity='remark', numbers={'word': 'fair', 'noises': None, 'expected': None,
+                                                                'agree': None})
     word = 'poor' if expected >= POOR or 'step' in kinds or 'structure' in kinds else (
         'fair' if expected >= GOOD or few or {'corner', 'edge', 'part'} & set(kinds) else 'good')
     reason = ''
     if word != 'good':
-        named = [words for kind, words in REASONS.items() if kind in kinds] + ['the points are few'] * few
+        named = [words for kind, words in REASONS.items() if kind in kinds] + ['the points are few'] * (n_levels < 20)
         spread = agree > SCATTERED * np.sqrt((fit.measured.noise**2).mean())
-        named.append('the points do not agree better' if spread else 'the points are far apart')
+        named.append('the points do not agree better' if spread else 'the sky is uneven between the points')
         reason = f', because {named[0]}'
     unit = ' counts' if left.picture.dtype.kind in 'ui' else ''
     error = f'expected error {rounded(expected * noise * scale)}{unit}, {rounded(expected)} of the noise of a pixel'
@@ -3471,13 +3639,16 @@ def check_correction(correction, reference=None):
     errors = expected_errors(fit, tiles.x[::COARSE], tiles.y[::COARSE], noise)
     known = np.isfinite(levels[::COARSE, ::COARSE]).all(axis=2)
     known |= not known.any()
-    findings = check_below_zero(fit, left) + check_left(left)
+    findings = check_below_zero(fit, left) + check_left(left, points)
     if not correction.misfits:  # else these are what it follows
         findings += check_structure(fit, left)
     if fit.beside:
         is_itself = reference is not None and picture.path == reference.path != ''
-        findings += [each for each in check_beside(fit, picture, settings.sigma)
-                     if not (is_itself and each.kind == 'same')]  # as in: -i night/*.tif --reference night/best.tif
+        for finding in check_beside(fit, picture, settings.sigma):
+            if is_itself and finding.kind == 'same':  # as in: -i night/*.tif --reference night/best.tif
+                finding = finding._replace(text='the reference is the picture itself, which stays as it is', advice='',
+                                           severity='remark')
+            findings.append(finding)
     findings += check_parts(np.where(known, errors, np.nan), left) + check_span(points, picture)
     findings += check_misfits(fit, correction.misfits, picture)
     filled = check_filled(points)
@@ -3587,26 +3758,32 @@ def correct_beside(picture: Picture, points: Points | None, settings: Settings, 
         points, given = places_beside_reference(picture, settings.auto or REFERENCE_AUTO, settings.sigma, points)
     best, reasons = None, []
     for way in references(picture, beside):
-        with about(beside.path):
-            try:
+        try:
+            with about(beside.path):
                 reference = way()
-                fit = fit_with_reference(measure_beside(picture, reference, points, settings.sigma, given))
-            except NotRegistered as error:
-                reasons.append(str(error))
+        except RmgradientError as error:  # none is found, or a package for it is missing
+            reasons.append(error)
+            continue
+        try:
+            measured = measure_beside(picture, reference, points, settings.sigma, given)
+            with about(beside.path):
+                fit = fit_with_reference(measured)
+        except NotRegistered as error:
+            reasons.append(error)
+            continue
+        except NamedError as error:
+            reasons.append(error)
+            if isinstance(error.__cause__, NotRegistered):
                 continue
-            except RmgradientError as error:
-                reasons.append(str(error))
-                if best or beside.shape[:2] == picture.shape[:2]:
-                    continue
-                raise
+            raise
         n_explained = np.count_nonzero(fit.beside.explained)
         if not best or n_explained > best[0]:
             best = n_explained, fit, reference
-        if n_explained == picture.shape[2]:
+        if n_explained == picture.shape[2] or reference.is_sure:  # stars show where it lies
             break
     if not best:
         with about(beside.path):
-            raise RmgradientError(reasons[0])
+            raise reasons[0 if beside.shape[:2] == picture.shape[:2] else -1]
     return correction_of(picture, best[1], settings, best[2])
 
 
@@ -3675,11 +3852,11 @@ def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str
     chain = Settings(**settings)
     picture = as_picture(image, mask)
     check_sky(chain.sky, picture)
-    given = None if isinstance(points, str) else points if isinstance(points, Points) else make_points(points)
+    given = None if isinstance(points, str) else as_points(points)
     if reference is None:
         correction = correction_of(picture, measure_points(picture, given, chain), chain)
     else:
-        if chain.smooth != 'auto':
+        if not chain.is_adaptive:
             raise RmgradientError("a reference needs smooth='auto'")
         beside = as_picture(reference)
         check_reference(picture.shape, beside.shape)
@@ -4414,8 +4591,10 @@ def unpack_in_child(file):
             'spec.loader.exec_module(module); module.unpack_image(sys.stdin.buffer, sys.stdout.buffer)')
     try:
         file.seek(0)
-        done = subprocess.run([sys.executable, '-c', code, os.path.abspath(__file__)], stdin=file, stdout=target,
-                              stderr=subprocess.DEVNULL)
+        with tempfile.TemporaryDirectory() as home:  # astropy wants to keep its settings somewhere
+            places = dict.fromkeys(('HOME', 'XDG_CONFIG_HOME', 'XDG_CACHE_HOME'), home)
+            done = subprocess.run([sys.executable, '-c', code, os.path.abspath(__file__)], stdin=file, stdout=target,
+                                  stderr=subprocess.DEVNULL, env=os.environ | places)
         if done.returncode:
             raise Damage('its packed image can not be unpacked')
     except BaseException:
@@ -4523,10 +4702,10 @@ class FitsImage(FilePicture):
     def wcs(self):
         if not importlib.util.find_spec('astropy'):
             raise RmgradientError('coordinates in the sky (WCS) need astropy; run: python -m pip install astropy')
-        import astropy.io.fits
-        import astropy.wcs
         try:
-            with warnings.catch_warnings(action='ignore'):
+            with no_warnings():
+                import astropy.io.fits
+                import astropy.wcs
                 text = b''.join(self._header.cards).decode('ascii', 'replace')
                 wcs = astropy.wcs.WCS(astropy.io.fits.Header.fromstring(text)).celestial
                 usable = wcs.has_celestial and abs(np.linalg.det(wcs.pixel_scale_matrix)) > 0
@@ -4746,13 +4925,17 @@ def whole_files(outputs, overwrite):
                 if path in hidden:
                     os.fsync(files[key].fileno())
                 files[key].close()
-        with signals_handled(ignore):  # nothing interrupts the moment in which files get their names
+        signals = []
+        # Nothing interrupts the moment in which files get their names; what came is done then.
+        with signals_handled(lambda number, _: signals.append(number)):
             for path, name in hidden.items():
                 with about(path):
                     _publish(name, os.path.realpath(path), overwrite)
             for folder in {os.path.dirname(name) for name in hidden.values()}:
                 with about(folder):
                     _sync_folder(folder)
+        if signals:
+            interrupt(signals[0], None)
 
 
 def _publish(name, path, overwrite):
@@ -4914,8 +5097,23 @@ def number_points(axes, points, colors):
 def draw_preview(file, kind, picture, correction):
     """Draw the picture with its points, the background with contour lines, and the result into a binary file.
 
-    Kind is 'png', 'pdf' or 'svg'. Points that do not fit are red, and what became black is blue.
+    Kind is 'png', 'pdf' or 'svg'. Points that do not fit are red, and what became black is blue. Raises RmgradientError
+    if it can't be drawn.
     """
+    with default_style():
+        try:
+            figure = preview_figure(picture, correction)
+            figure.savefig(file, format=kind, dpi=130)
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:  # of matplotlib, which has many
+            if isinstance(error, ValueError) and 'array' in str(error):  # arrays that find no memory
+                raise MemoryError from error
+            raise RmgradientError(f'can not be drawn by matplotlib ({type(error).__name__})') from error
+
+
+def preview_figure(picture, correction):
+    """Return the matplotlib Figure of a preview, see `draw_preview`."""
     from matplotlib.figure import Figure
 
     height, width, _ = picture.shape
@@ -4951,10 +5149,7 @@ def draw_preview(file, kind, picture, correction):
     if len(correction.points.x) <= 60:
         number_points(panels[0], correction.points, places.get_facecolors())
     draw_contours(panels[1], background.mean(axis=2), factor)
-    try:
-        figure.savefig(file, format=kind, dpi=130)
-    except ValueError as error:  # what matplotlib says of arrays that find no memory
-        raise MemoryError from error
+    return figure
 
 
 def draw_contours(axes, background, factor):
@@ -4971,13 +5166,27 @@ def draw_contours(axes, background, factor):
 
 
 def load_matplotlib():
-    """Raise RmgradientError if matplotlib is missing, or fails to load, as with a bad MPLBACKEND."""
+    """Raise RmgradientError if matplotlib is missing or fails to load. A preview needs no backend, which may be bad."""
+    named = os.environ.pop('MPLBACKEND', None)
     try:
-        import matplotlib
-        import matplotlib.figure  # noqa: F401
+        with no_warnings():  # of settings
+            import matplotlib
+            import matplotlib.figure  # noqa: F401
     except Exception as error:
-        reason = f'matplotlib: {error}' if isinstance(error, ValueError) else why_not_loaded(error)
-        raise RmgradientError(reason) from error
+        raise RmgradientError(why_not_loaded(error)) from error
+    finally:
+        if named is not None:
+            os.environ['MPLBACKEND'] = named
+
+
+@contextlib.contextmanager
+def default_style():
+    """Draw with the settings that matplotlib comes with: those of the user can be such that nothing can be drawn."""
+    import matplotlib
+    with no_warnings(), matplotlib.rc_context():  # warnings of glyphs that fonts do not have
+        matplotlib.rcdefaults()  # all but the backend
+        matplotlib.rcParams['toolbar'] = 'toolbar2'
+        yield
 
 
 def choose_toolkit():
@@ -5040,6 +5249,8 @@ class Editor:
         self.figure, (self.left, self.right) = plt.subplots(1, 2, figsize=(14, 6), layout='constrained',
                                                             sharex=True, sharey=True)
         self.status = self.figure.supxlabel(self.HELP, fontsize=9)
+        for text in (self.status, self.left.title, self.right.title):
+            text.set_parse_math(False)  # names of files may hold $
         stretched, frame = self._stretch(self._binned.values), (-0.5, width - 0.5, height - 0.5, -0.5)
         self._images = [axes.imshow(stretched, cmap='gray', vmin=0, vmax=255, extent=frame,
                                     interpolation='nearest') for axes in self.figure.axes]
@@ -5315,7 +5526,7 @@ def process(options):
             try:
                 with about(job.path):
                     reports.append(process_picture(job, given, options, reference))
-            except (RmgradientError, MemoryError) as error:
+            except (RmgradientError, MemoryError, ImportError) as error:
                 if alone:
                     raise
                 logger.error('%s', explain(error, job.path))
@@ -5412,21 +5623,29 @@ def process_picture(job, given, options, reference):
             correction = correction_of(picture, measured, settings)
         show(picture, [correction.verdict, *correction.findings])
         log_details(picture, correction)
+        preview, failure = None, None
+        if 'preview' in job.outputs:
+            try:
+                preview = encode_preview(job.outputs['preview'], picture, correction)
+            except RmgradientError as error:  # the other outputs are worth more, and are written
+                failure = error
+                del job.outputs['preview']
         with whole_files(job.outputs, options.overwrite) as files:
             counts = write_pictures(job.outputs, files, picture, correction)
             if 'save_points' in files:
                 with about(job.outputs['save_points']):
                     files['save_points'].write(encode_points(picture, correction.points, settings))
-            if 'preview' in files:
-                kind = os.path.splitext(job.outputs['preview'])[1][1:].lower()
+            if preview:
                 with about(job.outputs['preview']):
-                    draw_preview(files['preview'], kind, picture, correction)
+                    files['preview'].write(preview)
         late = check_limits(correction, picture, counts)
     show(picture, late)
     for kind, path in job.outputs.items():
         level = f'; the sky is level at {in_words(picture.physical(correction.sky))}' if kind == 'output' else ''
         logger.info('%s: written%s', path, level)
-    return report_of(job, correction, counts, [*early, *correction.findings, *late])
+    if failure:
+        raise failure
+    return report_of(job, correction, counts, [*early, *correction.findings, *late], options)
 
 
 def open_reference(path):
@@ -5503,9 +5722,10 @@ def edit_points(picture, points, job, options):
             files['points'].write(encode_points(picture, points, settings))
         return name
 
-    editor = Editor(picture, points or [], settings, save)
-    editor.saves_on_enter = not job.outputs
-    plt.show(block=True)
+    with default_style():
+        editor = Editor(picture, points or [], settings, save)
+        editor.saves_on_enter = not job.outputs
+        plt.show(block=True)
     if not editor.accepted:
         return None
     if editor.unusable:
@@ -5513,6 +5733,14 @@ def edit_points(picture, points, job, options):
     if job.outputs.pop('save_points', None):
         editor.save()
     return editor.points()
+
+
+def encode_preview(path, picture, correction):
+    """Return the bytes of a preview, in the format that the ending of its path says."""
+    file = io.BytesIO()
+    with about(path):
+        draw_preview(file, os.path.splitext(path)[1][1:].lower(), picture, correction)
+    return file.getvalue()
 
 
 def read_points(options):
@@ -5584,9 +5812,17 @@ def write_pictures(outputs, files, picture, correction):
     return np.sum(counts, axis=0)
 
 
+def is_terminal(stream):
+    """Whether a stream is a terminal; it may be None, closed, or no real one."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError, OSError):
+        return False
+
+
 def progress_bar(unit, text='', shown=True):
     """Return a function that shows on a terminal how far an iterable of some length is, and what it does."""
-    if not (shown and sys.stderr and sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)):
+    if not (shown and is_terminal(sys.stderr) and logger.isEnabledFor(logging.INFO)):
         return lambda results, *_: results
     from tqdm import tqdm  # takes longer to load than most pictures to correct
     return lambda results, total, work='': tqdm(
@@ -5609,7 +5845,7 @@ def log_details(picture, correction):
                      in_words(picture.scale * np.median(fit.measured.noise, axis=0)))
 
 
-def report_of(job, correction, counts, findings):
+def report_of(job, correction, counts, findings, options):
     """Return what is known about a corrected picture, for --report: a dict that `as_json` takes."""
     picture, fit, settings = correction.picture, correction.fit, correction.settings
     points, scale = fit.measured.points, picture.scale
@@ -5622,7 +5858,8 @@ def report_of(job, correction, counts, findings):
         'versions': {'rmgradient': __version__, 'python': sys.version.split()[0], 'numpy': np.__version__,
                      'tifffile': tifffile.__version__},
         'size': picture.shape[1::-1], 'channels': picture.shape[2], 'type': str(picture.dtype),
-        'settings': dataclasses.asdict(settings), 'points': points.pairs, 'on_isoline': points.on_isoline,
+        'settings': dataclasses.asdict(settings), 'files': {name: getattr(options, name) for name in (
+            'points_file', 'mask', 'reference')}, 'points': points.pairs, 'on_isoline': points.on_isoline,
         'levels': picture.physical(fit.measured.levels), 'noise': scale * fit.measured.noise,
         'residuals': None if fit.adaptive is None else scale * fit.adaptive.errors, 'model': model,
         'sky': picture.physical(correction.sky),
@@ -5814,6 +6051,8 @@ def explain(error, path):
     """Return the message of what went wrong with a picture."""
     if isinstance(error, OSError):
         return f'{error.filename}: {error.strerror}' if error.filename else error.strerror or error
+    if isinstance(error, ImportError):
+        return why_not_loaded(error)
     if isinstance(error, MemoryError):
         return f'{path}: not enough memory, or no more threads allowed; a smaller --rows may help'
     return error
@@ -5840,8 +6079,9 @@ class _Handler(logging.StreamHandler):
         return f'rmgradient: {kind}{printable(record.getMessage())}'
 
     def emit(self, record):
-        if 'tqdm' in sys.modules and self.stream.isatty():  # a progress bar makes room
-            sys.modules['tqdm'].tqdm.write(self.format(record), file=self.stream)
+        if 'tqdm' in sys.modules and is_terminal(self.stream):  # a progress bar makes room
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                sys.modules['tqdm'].tqdm.write(self.format(record), file=self.stream)
         else:
             super().emit(record)
 

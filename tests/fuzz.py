@@ -10,7 +10,9 @@ usage: fuzz.py [--seconds N] [--seed N]
 import argparse
 import collections
 import contextlib
+import gzip
 import io
+import json
 import os
 import struct
 import tempfile
@@ -116,6 +118,29 @@ def fits_by_structure(rng, path):
     path.write_bytes(head + data + bytes(-len(data) % 2880))
 
 
+def fits_packed(rng, path):
+    """Write a FITS picture as gzip does, one in four of a size that it has not."""
+    fits_by_structure(rng, path)
+    path.write_bytes(gzip.compress(path.read_bytes(), 1))
+    if rng.random() < 0.25:
+        path.write_bytes(gzip.compress(b'SIMPLE  =                    T'.ljust(80) + bytes(10**7), 1))
+
+
+def fits_with_coordinates(rng, path):
+    """Write a FITS picture with coordinates in the sky that are right but for a few."""
+    cards = ['SIMPLE  =                    T', 'BITPIX  =                   16', 'NAXIS   =                    2',
+             f'NAXIS1  = {WIDTH:20}', f'NAXIS2  = {HEIGHT:20}', "CTYPE1  = 'RA---TAN'", "CTYPE2  = 'DEC--TAN'",
+             'CRVAL1  = 83.0', 'CRVAL2  = -5.0', 'CRPIX1  = 60.0', 'CRPIX2  = 45.0', 'CD1_1   = -1E-3',
+             'CD1_2   = 0.0', 'CD2_1   = 0.0', 'CD2_2   = 1E-3']
+    for _ in range(rng.integers(0, 4)):
+        i = int(rng.integers(5, len(cards)))
+        words_ = ["'RA---SIN'", "'x'", '0.0', '1E300', '-1', "'DEC--AIT'", 'T', '1E-9']
+        cards[i] = cards[i][:10] + str(rng.choice(words_))
+    head = b''.join(card.encode().ljust(80) for card in [*cards, 'END'])
+    data = draw(n_channels=1, dtype=np.int16)[0].astype('>i2').tobytes()
+    path.write_bytes(head.ljust(-(-len(head) // 2880) * 2880) + data + bytes(-len(data) % 2880))
+
+
 def damage(rng, path):
     """Change bytes of a file, cut it, or move pieces of it."""
     data = bytearray(path.read_bytes())
@@ -152,8 +177,9 @@ def points_file(rng, path):
 
 def attack(rng, folder):
     """Make files, run the program on them, and return what came of it, a word."""
-    make = [tiff_by_structure, tiff_by_library, fits_by_structure][rng.integers(0, 3)]
-    name = 'in.fits' if make is fits_by_structure else 'in.tif'
+    makers = [tiff_by_structure, tiff_by_library, fits_by_structure, fits_packed, fits_with_coordinates]
+    make = makers[rng.integers(0, len(makers))]
+    name = 'in.tif' if make in makers[:2] else 'in.fits'
     make(rng, folder / name)
     if rng.random() < 0.7:
         damage(rng, folder / name)
@@ -162,16 +188,31 @@ def attack(rng, folder):
     options += [['-f', 'points'], ['-a', '-s', '3'], ['-p', *words(scatter())]][rng.integers(0, 3)]
     options += [[], ['--divide'], ['--stretch'], ['--dither'], ['-m', '0.1'], ['--sky', 'darkest'],
                 ['-b', name.replace('in', 'bg')], ['--save-points', 'saved']][rng.integers(0, 8)]
+    if rng.random() < 0.3:  # a mask or a reference of any kind
+        other = makers[rng.integers(0, len(makers))]
+        other(rng, folder / 'other')
+        if rng.random() < 0.4:
+            damage(rng, folder / 'other')
+        options += ['--mask' if rng.random() < 0.5 else '--reference', 'other']
+    if rng.random() < 0.3:
+        options += ['--report', 'report']
     before, stderr, start = sorted(os.listdir()), io.StringIO(), time.monotonic()
     with contextlib.redirect_stderr(stderr), warnings.catch_warnings():
         warnings.simplefilter('error')
-        status = rmgradient.main([str(option) for option in options])
+        warnings.simplefilter('ignore', rmgradient.RmgradientWarning)
+        try:
+            status = rmgradient.main([str(option) for option in options])
+        except SystemExit as stop:  # --reference with -m
+            status = stop.code
     seconds, said = time.monotonic() - start, stderr.getvalue()
     errors = [line for line in said.splitlines() if line.startswith('rmgradient: error: ')]
     if seconds > SLOW:
         raise Fault(f'{seconds:.1f} seconds: {options}')
-    if not said.replace('\n', '').isprintable() or len(errors) != status:
+    is_wrong_use = status == 2 and ('--reference' in options or '--mask' in options)
+    if not said.replace('\n', '').isprintable() or len(errors) != status and not is_wrong_use:
         raise Fault(f'status {status}, and said {said!r}: {options}')
+    if (folder / 'report').exists():
+        json.loads((folder / 'report').read_text())
     if status and sorted(os.listdir()) != before:
         raise Fault(f'left behind {sorted(os.listdir())}: {options}')
     for path in folder.iterdir():

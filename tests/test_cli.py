@@ -209,7 +209,7 @@ def test_remarks_and_quiet(cli):
     assert cli() == 0
     lines = cli.stderr.splitlines()
     assert re.fullmatch(r'rmgradient: sky.tif: fit: fair \(expected error \d+ counts, 0.\d+ of the noise of a pixel; '
-                        r'the points agree to [\d.]+\), because the points are far apart', lines[0])
+                        r'the points agree to [\d.]+\), because the points are few', lines[0])
     assert lines[1].startswith('rmgradient: out.tif: written; the sky is level at ')
     assert cli('-v', '--overwrite') == 0
     lines = cli.stderr.splitlines()

@@ -35,8 +35,8 @@ GLOW = 300 * np.exp(-np.hypot(X - WIDTH, Y - HEIGHT) / 40)
 FALL = -0.1 * PLANE * np.clip((40 - X) / 40, 0, 1)
 LEFT = {
     'corner': (GLOW, r'the lower right corner stays \d+ brighter, a glow that no point follows: crop it'),
-    'edge': (FALL, r'the last \d+ columns at the left are \d+ darker than those inside: crop them'),
-    'strip': (-80.0 * (Y >= HEIGHT - 30), r'the last \d+ rows at the bottom are [78]\d darker than those inside'),
+    'edge': (FALL, r'the outermost \d+ columns at the left are \d+ darker than those inside: crop them'),
+    'strip': (-80.0 * (Y >= HEIGHT - 30), r'the outermost \d+ rows at the bottom are [78]\d darker than those inside'),
     'step': (60.0 * (X < 333), r'a step of -\d+ along x = 3[234]\d, which no smooth background removes: stack with'),
     'slanted step': (60.0 * (X + 0.4 * Y < 500), r'a step of -\d+ along a line that is slanted at x = \d+'),
     'step in a half': (60.0 * ((X < 300) & (Y < 280)), r'a step of -\d+ along x = (29|30|31)\d, in the top half'),
@@ -96,7 +96,7 @@ def test_upside_down_pictures_name_the_sides_that_are_shown(cli):
     from astropy.io import fits
     fits.writeto('sky.fits', gray(PLANE - 80.0 * (Y >= HEIGHT - 30)))
     assert cli('-i', 'sky.fits', '-o', 'out.fits', points=['-p', *words(INNER)]) == 0
-    assert re.search(r'the last \d+ rows at the top are [78]\d darker', cli.stderr)
+    assert re.search(r'the outermost \d+ rows at the top are [78]\d darker', cli.stderr)
 
 
 def tiles(height=36, width=60, seed=3):
@@ -242,7 +242,8 @@ def test_words_of_the_verdict():
     assert good.severity == 'remark'
     few = rg.find_correction(gray(PLANE), [(30, 30), (850, 40), (400, 550)]).verdict
     assert 'fit: fair' in few.text
-    assert few.text.endswith('because the points are few')
+    assert few.text == 'fit: fair at best: 3 points are too few to tell how good it is'
+    assert rg.find_correction(gray(PLANE), GRID[::8]).verdict.text.endswith('because the points are few')
     waves = 300 * np.cos(X / 60) * np.cos(Y / 70)
     poor = rg.find_correction(gray(PLANE + waves), GRID).verdict
     assert 'fit: poor' in poor.text
@@ -568,3 +569,23 @@ def test_tiles_are_medians():
     holes = sky.astype(np.float32)
     holes[top:top + 15, left:left + 9] = np.nan
     assert np.isnan(rg.as_picture(holes).tiles.medians[3, 5, 0])
+
+
+@pytest.mark.parametrize('side', [96, 100, 112])
+def test_small_pictures_have_no_tiles_in_their_corners(side):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        rg.find_correction(gray(PLANE[:side, :side]), scatter(side, side, 9, 6), sigma=2.0)
+
+
+def test_three_points_tell_nothing_about_each_other():
+    verdict = rg.find_correction(gray(PLANE), [(30, 30), (850, 40), (400, 550)]).verdict
+    assert verdict.numbers['word'] == 'fair'
+    assert json.dumps(rg.as_json(verdict))
+
+
+def test_advice_where_no_points_are_near():
+    dome = 500 * np.exp(-((X - 900) / 150) ** 2)
+    correction, kinds = found(gray(PLANE + dome), [(x, y) for x, y in GRID if x < 650])
+    edge = next(finding for finding in correction.findings if finding.kind == 'edge')
+    assert edge.advice == 'add points of empty sky near there'

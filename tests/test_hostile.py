@@ -5,6 +5,7 @@ import io
 import itertools
 import logging
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import zlib
 import numpy as np
 import pytest
 import tifffile
-from helpers import ROOT, correct, draw, words
+from helpers import ROOT, correct, draw, posix, words
 from numpy.testing import assert_array_equal
 from tiff_files import HEIGHT, WIDTH, read_tags, write_tiff
 
@@ -209,7 +210,7 @@ def test_matplotlib_says_nothing(cli, variables):
     done = subprocess.run(command, cwd=cli.folder, capture_output=True, text=True,
                           env={**os.environ, 'TMPDIR': str(cli.folder / 'tmp'), **variables})
     assert all(line.startswith('rmgradient: ') for line in done.stderr.splitlines()), done.stderr
-    assert done.returncode == (1 if 'MPLBACKEND' in variables else 0)
+    assert done.returncode == 0
     assert os.listdir(cli.folder / 'tmp') == []
 
 
@@ -473,3 +474,116 @@ def test_messages_to_nobody(monkeypatch, capsys):
         with rg.log_to_stderr(logging.INFO):
             rg.logger.error('nobody reads this')
     assert capsys.readouterr().err == ''
+
+
+# ---- settings of other programs -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('line', ['text.usetex: True', 'figure.dpi: 1e9', 'figure.subplot.left: 0.9', 'image.cmap: no',
+                                  'figure.autolayout: True', 'toolbar: toolmanager'])
+def test_preview_is_drawn_with_default_settings(cli, line):
+    pytest.importorskip('matplotlib')
+    (cli.folder / 'matplotlibrc').write_text(line)
+    done = subprocess.run([sys.executable, ROOT / 'rmgradient.py', '-q', '-i', 'sky.tif', '-o', 'out.tif', '--preview',
+                           'p.png', '-p', *words(cli.points)], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(line.startswith('rmgradient: warning: ') for line in done.stderr.splitlines())
+    assert (cli.folder / 'p.png').stat().st_size > 10000
+
+
+def test_preview_needs_no_backend(cli):
+    pytest.importorskip('matplotlib')
+    for backend in ('module://no_such.backend', 'nonsense'):
+        done = subprocess.run([sys.executable, ROOT / 'rmgradient.py', '-q', '-i', 'sky.tif', '--overwrite',
+                               '--preview', 'p.png', '-p', *words(cli.points)], capture_output=True, text=True,
+                              env=os.environ | {'MPLBACKEND': backend})
+        assert done.returncode == 0, done.stderr
+
+
+def test_preview_that_fails_does_not_cost_the_picture(cli, monkeypatch):
+    pytest.importorskip('matplotlib')
+
+    def fail(*_, **__):
+        raise ValueError('of the library')
+
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', fail)
+    assert cli('--preview', 'p.png', '--save-points', 'points') == 1
+    assert 'error: p.png: can not be drawn by matplotlib (ValueError)' in cli.stderr
+    assert cli.files() == ['out.tif', 'points', 'sky.tif']
+
+
+def test_homes_that_can_not_be_used(cli):
+    """As with sudo -u, and in services."""
+    fits = pytest.importorskip('astropy.io.fits')
+    pytest.importorskip('matplotlib')
+    sky = np.rint(np.random.default_rng(1).normal(900, 9, (90, 120))).astype('u2')
+    fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(sky)]).writeto('sky.fits.fz')
+    nowhere = dict.fromkeys(('HOME', 'XDG_CONFIG_HOME', 'XDG_CACHE_HOME'), os.path.join(os.devnull, 'x'))
+    done = subprocess.run([sys.executable, ROOT / 'rmgradient.py', '-i', 'sky.fits.fz', '-o', 'out.fits', '--preview',
+                           'p.png', '-p', *words(cli.points)], capture_output=True, text=True, env=os.environ | nowhere)
+    assert done.returncode == 0, done.stderr
+    assert all(line.startswith('rmgradient: ') for line in done.stderr.splitlines())
+
+
+# ---- no stream, no numbers ------------------------------------------------------------------------------------------
+
+class Dumb:
+    """A stream that is no file."""
+
+    def write(self, _):
+        pass
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize('kind', ['none', 'closed', 'dumb'])
+def test_standard_error_that_is_none(cli, monkeypatch, kind):
+    import tqdm  # noqa: F401
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, 'stderr', {'none': None, 'closed': closed, 'dumb': Dumb()}[kind])
+    assert rg.main(['-i', 'sky.tif', '-o', 'out.tif', '-p', *words(cli.points)]) == 0
+    assert rg.main(['-i', 'sky.tif', '-o', 'out.tif', '-p', *words(cli.points)]) == 1  # it exists
+
+
+@pytest.mark.parametrize('reference', [False, True])
+@pytest.mark.parametrize('kind', ['inf', 'huge', 'flat', 'constant'])
+def test_no_warnings_of_numpy(cli, kind, reference):
+    rng = np.random.default_rng(1)
+    sky = rng.normal(0.3, 0.01, (300, 400, 3)).astype(np.float64)
+    sky[100:124, 100:124], sky[100:124, 124:148] = np.inf, -np.inf
+    sky[200, 50], sky[201, 50] = np.inf, -np.inf
+    sky = {'inf': sky, 'huge': np.where(np.isfinite(sky), sky, 1e308), 'flat': np.full((300, 400, 3), 7, 'u1'),
+           'constant': np.dstack([rng.normal(50, 3, (300, 400, 2)), np.full((300, 400), 9)]).astype('u1')}[kind]
+    tifffile.imwrite('sky.tif', sky, photometric='rgb')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        status = cli('-q', '--preview', 'p.png', *(['--reference', 'sky.tif'] if reference else []), points=['-a'])
+    assert status == 0 or reference, cli.stderr
+    assert all(line.startswith('rmgradient: ') for line in cli.stderr.splitlines())
+
+
+def test_full_disk_names_the_output(cli):
+    fits = pytest.importorskip('astropy.io.fits')
+    if not os.path.exists('/dev/full'):
+        pytest.skip('needs /dev/full')
+    fits.writeto('sky.fits', cli.sky[..., 0], fits.Header([(f'K{i}', i) for i in range(300)]))
+    assert cli('-i', 'sky.fits', '-o', '/dev/full') == 1
+    assert 'error: /dev/full: No space left on device' in cli.stderr
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+@posix
+def test_interruption_while_loading(cli):
+    """Handlers come first: whenever the signal comes, there is no traceback of ours."""
+    shown = 0
+    for delay in np.linspace(0.02, 0.25, 12):
+        process = subprocess.Popen([sys.executable, ROOT / 'rmgradient.py', '-i', 'sky.tif', '-o', 'out.tif', '-a'],
+                                   stderr=subprocess.PIPE, text=True)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        message = process.communicate()[1]
+        shown += 'rmgradient.py' in message and 'Traceback' in message
+        (cli.folder / 'out.tif').unlink(missing_ok=True)
+    assert shown == 0

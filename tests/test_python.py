@@ -252,3 +252,82 @@ def test_gray_arrays_everywhere():
     assert_array_equal(rg.choose_points(sky[..., None]).points.x, chosen.points.x)
     assert rg.remove_gradient(sky, chosen.points, reference=sky).shape == sky.shape
 
+
+
+# ---- odd arguments, and threads -------------------------------------------------------------------------------------
+
+def test_pictures_are_like_arrays():
+    with rg.open_picture(ROOT / 'test_data' / 'sky.tif') as picture:
+        whole = np.asarray(picture)
+        assert_array_equal(whole, tifffile.imread(ROOT / 'test_data' / 'sky.tif'))
+        for window in (5, -1, np.s_[3, 4], np.s_[::7, 2:100:3], np.s_[1:3, -5:], np.s_[10:5], np.s_[2, ..., 1][:1],
+                       np.s_[2:9, 3, 0], np.s_[:, :, 1]):
+            assert_array_equal(picture[window], whole[window])
+        assert len(picture) == 400
+        assert len(list(picture)) == 400
+        for bad in (1.5, 'a', None, np.s_[::-1]):
+            with pytest.raises(rg.RmgradientError, match='a Picture takes'):
+                picture[bad]
+        with pytest.raises(IndexError):
+            picture[400]
+
+
+@pytest.mark.parametrize(('arguments', 'match'), [
+    ({'sigma': '8'}, "a blur of sigma '8' is not a number"), ({'sky': 10**400}, 'the level of the sky'),
+    ({'sky': np.ones((2, 2))}, 'the level of the sky'), ({'sky': [1j]}, 'the level of the sky'),
+    ({'smooth': np.ones(2)}, 'smoothness'), ({'method': np.ones(2)}, 'method'), ({'method': 'substract'}, 'method'),
+    ({'dither': np.ones(2)}, 'dither is'), ({'compress': 11}, 'compress is'), ({'auto': 2.5}, 'auto is')])
+def test_odd_settings(arguments, match):
+    sky, _ = draw()
+    with pytest.raises(rg.RmgradientError, match=match):
+        rg.remove_gradient(sky, scatter(), **arguments)
+
+
+@pytest.mark.parametrize('points', [
+    [[1 + 2j, 3], [4, 5], [6, 7]], rg.Points(np.zeros(3), np.zeros(3), np.arange(3)),
+    rg.Points(np.arange(3), np.arange(3), np.array([5, 5, 5])), rg.Points(np.arange(3), np.arange(2), np.arange(3)),
+    rg.Points(np.array([], int), np.array([], int), np.array([], int)), [[10**400, 1], [1, 2], [3, 4]],
+    rg.Points('a', 'b', 'c')])
+def test_odd_points(points):
+    with pytest.raises(rg.RmgradientError):
+        rg.remove_gradient(draw()[0], points)
+
+
+def test_odd_starts():
+    sky, _ = draw()
+    correction = rg.find_correction(sky, scatter())
+    for start in (-1, 0.5, '0', None, 10**12):
+        with pytest.raises(rg.RmgradientError, match='not the number of a row'):
+            correction.apply(sky, start=start)
+
+
+def test_level_of_the_sky_as_an_array():
+    sky, _ = draw()
+    levels = [900, 950, 1000]
+    one, other = (rg.remove_gradient(sky, scatter(), sky=level) for level in (levels, np.array(levels)))
+    assert_array_equal(one, other)
+
+
+def test_reference_is_an_open_picture_or_has_a_mask():
+    from test_reference import pair
+    frame, reference, _ = pair()
+    picture = rg.as_picture(reference)
+    assert_array_equal(rg.remove_gradient(frame, 'auto', reference=picture),
+                       rg.remove_gradient(frame, 'auto', reference=reference))
+    mask = np.zeros(reference.shape[:2], bool)
+    mask[:, :150] = True
+    found = rg.find_correction(frame, 'auto', reference=np.ma.array(reference, mask=np.dstack([mask] * 3)))
+    assert found.points.x.min() >= 148
+
+
+def test_threads_of_the_caller_leave_blas_as_it_was():
+    from concurrent.futures import ThreadPoolExecutor
+
+    import threadpoolctl
+    before = [each['num_threads'] for each in threadpoolctl.threadpool_info()]
+    sky, _ = draw()
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda smooth: rg.remove_gradient(sky, scatter(), smooth=smooth), ['auto', 0.1] * 8))
+    assert [each['num_threads'] for each in threadpoolctl.threadpool_info()] == before
+    for i, result in enumerate(results):
+        assert_array_equal(result, results[i % 2])

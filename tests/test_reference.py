@@ -58,7 +58,7 @@ def error_of(model, background):
 
 
 def beside(frame, reference, **more):
-    return rg.find_correction(frame, 'auto', reference=reference, **more)
+    return rg.find_correction(frame, 'auto', reference=reference, **{'auto': 15, **more})  # fewer points are faster
 
 
 def places_beside(frame, reference, n=15, given=None):
@@ -352,7 +352,7 @@ def test_coordinates_in_the_sky(two):
     fits.writeto('frame.fits', frame.transpose(2, 0, 1), header(1e-3, 0, 300.5, 200.5))
     small = turned(reference, 11, 0.8).astype(np.float32)
     fits.writeto('small.fits', small.transpose(2, 0, 1), header(1e-3 / 0.8, 11, 240.5, 160.5))
-    assert two('-i', 'frame.fits', '-o', 'o.fits', '-b', 'b.fits', '--reference', 'small.fits', points=['-a']) == 0
+    assert two('-i', 'frame.fits', '-o', 'o.fits', '-b', 'b.fits', '--reference', 'small.fits', points=['-a', '12']) == 0
     assert 'by the coordinates of both (WCS): 0.8 of its pixels for one' in two.stderr
     errors = fits.getdata('b.fits').transpose(1, 2, 0) - background
     assert errors[60:-60, 60:-60].std(axis=(0, 1)).max() < 10
@@ -361,7 +361,7 @@ def test_coordinates_in_the_sky(two):
         bad = header(scale, 0, 240.5, 160.5)
         bad['CRVAL1'] = other
         fits.writeto('small.fits', small.transpose(2, 0, 1), bad, overwrite=True)
-        status = two('-i', 'frame.fits', '-o', 'o.fits', '--overwrite', '--reference', 'small.fits', points=['-a'])
+        status = two('-i', 'frame.fits', '-o', 'o.fits', '--overwrite', '--reference', 'small.fits', points=['-a', '12'])
         assert 'Traceback' not in two.stderr
         assert status == 0 or 'astroalign' in two.stderr
         assert '(WCS)' not in two.stderr or 'can not be used' in two.stderr
@@ -425,7 +425,7 @@ def test_reference_that_does_not_fit_is_told(two):
     best[:, :300] += 0.3 * gaussian_filter(np.random.default_rng(4).normal(0, 1, (400, 300, 3)), (15, 15, 0))
     tifffile.imwrite('best.tif', best, photometric='rgb')
     assert two('--reference', 'best.tif', points=['-a', '15']) == 0
-    assert 'is it registered to the pixel?' in two.stderr
+    assert 'is it registered, and in the same colors?' in two.stderr
 
 
 def test_few_points_tell_no_light_from_background(two):
@@ -458,3 +458,53 @@ def test_session_gets_one_background(two):
     assert gradient_left(np.mean(frames, axis=0)) > 100
     assert gradient_left(corrected) < 5
     assert_array_equal(corrected.shape, best.shape)
+
+
+# ---- odd references -------------------------------------------------------------------------------------------------
+
+def test_reference_of_the_other_row_order_serves_all_pictures(two):
+    fits = pytest.importorskip('astropy.io.fits')
+    frame, reference, _ = pair()
+    (two.folder / 'out').mkdir()
+    for name in ('a.fits', 'b.fits'):
+        fits.writeto(name, frame.transpose(2, 0, 1))
+    tifffile.imwrite('flipped.tif', reference[::-1], photometric='rgb')
+    assert two('-i', 'a.fits', 'b.fits', '-o', 'out', '--reference', 'flipped.tif', points=['-a']) == 0
+
+
+def test_coordinates_that_leave_the_map(two):
+    """All of the sky: points outside of it have no coordinates."""
+    fits = pytest.importorskip('astropy.io.fits')
+    rng = np.random.default_rng(1)
+    for name, (height, width) in (('a.fits', (300, 400)), ('b.fits', (280, 380))):
+        cards = [('CTYPE1', 'RA---AIT'), ('CTYPE2', 'DEC--AIT'), ('CDELT1', -0.85), ('CDELT2', 0.85), ('CRVAL1', 0.0),
+                 ('CRVAL2', 0.0), ('CRPIX1', width / 2), ('CRPIX2', height / 2)]
+        fits.writeto(name, rng.normal(1000, 30, (height, width)).astype('f4'), fits.Header(cards))
+    assert two('-i', 'a.fits', '-o', 'o.fits', '--reference', 'b.fits', points=['-a']) in (0, 1)
+    assert all(line.startswith('rmgradient: ') for line in two.stderr.splitlines())
+
+
+def test_hot_pixel_beside_a_reference():
+    frame, reference, background = pair()
+    frame = frame.astype(float)
+    frame[205, 300] = 1e200
+    assert error_of(beside(frame, reference).model, background) < 6
+    reference = reference.astype(np.float32)
+    reference[205, 300] = 3.4e38
+    assert error_of(beside(pair()[0], reference).model, background) < 6
+
+
+def test_broad_nebula_is_no_background():
+    """It is smooth, too: without a start, all of it is taken for background, and the reference refused."""
+    rng = np.random.default_rng(2)
+    nebula = 500 * np.exp(-((X - 300) ** 2 + (Y - 200) ** 2) / 3.4e4)
+    frame, reference = 2000 + nebula + 0.2 * X + rng.normal(0, 35, X.shape), 1500 + nebula + rng.normal(0, 35, X.shape)
+    found = beside(frame, reference)
+    assert_allclose(found.fit.beside.scale, 1, rtol=0.05)
+    assert not found.findings
+
+
+def test_level_of_a_reference_on_another_scale_is_not_taken():
+    frame, reference, _ = pair()
+    found = beside((frame / 65535).astype(np.float32), reference.astype(np.float32))
+    assert (found.sky < 0.1).all()
