@@ -352,7 +352,8 @@ def test_coordinates_in_the_sky(two):
     fits.writeto('frame.fits', frame.transpose(2, 0, 1), header(1e-3, 0, 300.5, 200.5))
     small = turned(reference, 11, 0.8).astype(np.float32)
     fits.writeto('small.fits', small.transpose(2, 0, 1), header(1e-3 / 0.8, 11, 240.5, 160.5))
-    assert two('-i', 'frame.fits', '-o', 'o.fits', '-b', 'b.fits', '--reference', 'small.fits', points=['-a', '12']) == 0
+    options = ['-i', 'frame.fits', '-o', 'o.fits', '--reference', 'small.fits']
+    assert two(*options, '-b', 'b.fits', points=['-a', '12']) == 0
     assert 'by the coordinates of both (WCS): 0.8 of its pixels for one' in two.stderr
     errors = fits.getdata('b.fits').transpose(1, 2, 0) - background
     assert errors[60:-60, 60:-60].std(axis=(0, 1)).max() < 10
@@ -361,7 +362,7 @@ def test_coordinates_in_the_sky(two):
         bad = header(scale, 0, 240.5, 160.5)
         bad['CRVAL1'] = other
         fits.writeto('small.fits', small.transpose(2, 0, 1), bad, overwrite=True)
-        status = two('-i', 'frame.fits', '-o', 'o.fits', '--overwrite', '--reference', 'small.fits', points=['-a', '12'])
+        status = two(*options, '--overwrite', points=['-a', '12'])
         assert 'Traceback' not in two.stderr
         assert status == 0 or 'astroalign' in two.stderr
         assert '(WCS)' not in two.stderr or 'can not be used' in two.stderr
