@@ -1941,12 +1941,13 @@ class Reference:
         return np.stack(light, axis=1).reshape(*x.shape, -1)
 
 
-def measure_beside(picture, reference, points, sigma, given=None):
-    """Return Measured of points of a picture, with the levels of a Reference there.
+def measure_beside(pictures, points, sigma, given=None):
+    """Return Measured of points of a Picture, with the levels of a Reference there; pictures: both.
 
     Given: which points are given, (n_points,) bool, by default all. What can't be measured in the picture is an error
     if it is given, and left out if it is chosen. What can't be measured on the reference is left out.
     """
+    picture, reference = pictures
     given = np.ones(len(points.x), bool) if given is None else given
     kernel, found, kept = blur_kernel(sigma), {}, ~points.on_isoline
     check_points(points, *picture.shape[:2], len(kernel) // 2)
@@ -3765,7 +3766,7 @@ def correct_beside(picture: Picture, points: Points | None, settings: Settings, 
             reasons.append(error)
             continue
         try:
-            measured = measure_beside(picture, reference, points, settings.sigma, given)
+            measured = measure_beside((picture, reference), points, settings.sigma, given)
             with about(beside.path):
                 fit = fit_with_reference(measured)
         except NotRegistered as error:
@@ -4464,6 +4465,7 @@ FITS_BLOCK, FITS_CARD = 2880, 80  # bytes
 MOST_CARDS, MOST_HEADERS = 36000, 100  # of a header, and headers before the picture: beyond is damage
 MOSAIC_CARDS = 'BAYERPAT', 'COLORTYP', 'CFAPAT', 'CFATYPE', 'BAYER', 'XBAYROFF'  # programs name raw colors so
 MOST_PACKED = 3000  # times as large: more than any compression of the standard gains
+MOST_GZIPPED, LEAST_GZIPPED = 50, 2**30  # times as large, if that is more than a GiB: no picture gains as much
 STALE_CARDS = {b'DATAMIN ', b'DATAMAX ', b'CHECKSUM', b'DATASUM '}  # they describe the old pixels
 
 
@@ -4561,8 +4563,11 @@ def gunzip(path):
             if not data.startswith(b'SIMPLE  ='):
                 raise RmgradientError('a gzip file that has no FITS file in it; unpack it: gunzip '
                                       f'{shlex.quote(os.fspath(path))}')
+            most = max(LEAST_GZIPPED, MOST_GZIPPED * os.path.getsize(path))
             while data:
                 target.write(data)
+                if target.tell() > most:
+                    raise RmgradientError(f'is more than {most} bytes if it is unpacked, which no picture is')
                 if target.tell() % 2**28 < 2**20 and shutil.disk_usage(tempfile.gettempdir()).free < 2**30:
                     raise RmgradientError('unpacked it needs more than the disk of temporary files has')
                 data = source.read(2**20)
@@ -5645,7 +5650,8 @@ def process_picture(job, given, options, reference):
         logger.info('%s: written%s', path, level)
     if failure:
         raise failure
-    return report_of(job, correction, counts, [*early, *correction.findings, *late], options)
+    files = {name: getattr(options, name) for name in ('points_file', 'mask', 'reference')}
+    return report_of(job, correction, counts, [*early, *correction.findings, *late]) | {'files': files}
 
 
 def open_reference(path):
@@ -5845,7 +5851,7 @@ def log_details(picture, correction):
                      in_words(picture.scale * np.median(fit.measured.noise, axis=0)))
 
 
-def report_of(job, correction, counts, findings, options):
+def report_of(job, correction, counts, findings):
     """Return what is known about a corrected picture, for --report: a dict that `as_json` takes."""
     picture, fit, settings = correction.picture, correction.fit, correction.settings
     points, scale = fit.measured.points, picture.scale
@@ -5858,8 +5864,7 @@ def report_of(job, correction, counts, findings, options):
         'versions': {'rmgradient': __version__, 'python': sys.version.split()[0], 'numpy': np.__version__,
                      'tifffile': tifffile.__version__},
         'size': picture.shape[1::-1], 'channels': picture.shape[2], 'type': str(picture.dtype),
-        'settings': dataclasses.asdict(settings), 'files': {name: getattr(options, name) for name in (
-            'points_file', 'mask', 'reference')}, 'points': points.pairs, 'on_isoline': points.on_isoline,
+        'settings': dataclasses.asdict(settings), 'points': points.pairs, 'on_isoline': points.on_isoline,
         'levels': picture.physical(fit.measured.levels), 'noise': scale * fit.measured.noise,
         'residuals': None if fit.adaptive is None else scale * fit.adaptive.errors, 'model': model,
         'sky': picture.physical(correction.sky),

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -488,3 +489,16 @@ def test_real_window(cli, sky):
         screen.kill()
         screen.wait()
         screen.stdout.close()
+
+
+@pytest.mark.parametrize('name', ['M42 $x^$.tif', 'a$b$.tif', '\u661f\u7a7a.tif'])
+def test_names_are_no_formulas(cli, name):
+    """Nor is a font without their letters a reason to warn."""
+    matplotlib.use('Agg')
+    (cli.folder / 'sky.tif').rename(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with rg.open_picture(name) as picture, rg.default_style():
+            editor = rg.Editor(picture, cli.points, rg.Settings(), save=None)
+            editor.figure.canvas.draw()
+            assert editor.left.get_title().startswith(name)

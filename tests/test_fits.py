@@ -602,3 +602,12 @@ def test_script_does_not_load_astropy_for_tiff(cli):
     command = [sys.executable, '-c', code, '-q', '-i', 'sky.tif', '-o', 'out.tif', '-p', *words(cli.points)]
     done = subprocess.run(command, env={'PYTHONPATH': str(ROOT), 'PATH': ''}, capture_output=True)
     assert done.returncode == 0
+
+
+def test_gzip_files_that_never_end(run, monkeypatch):
+    """A gzip file of a hundred gigabytes of zeros has a tenth of one."""
+    import gzip
+    monkeypatch.setattr(rg, 'LEAST_GZIPPED', 10**7)
+    data = b'SIMPLE  =                    T'.ljust(2880) + bytes(4 * 10**7)
+    (run.cli.folder / 'bomb.fits.gz').write_bytes(gzip.compress(data, 9))
+    run.cli.fails('-i', 'bomb.fits.gz', '-o', 'out.fits', match='bomb.fits.gz: is more than 10000000 bytes')
