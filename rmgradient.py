@@ -947,6 +947,7 @@ class ReferenceLevels(NamedTuple):
     zero: np.ndarray  # (n_channels,) from which its light is counted: does not depend on the points
     is_same_type: bool = False  # as the picture
     n_lost: int = 0  # given points that can't be measured on it
+    lost: np.ndarray = np.empty((0, 2))  # (n_lost, 2): all places that can't be, x and y
     where: str = ''  # how it lies on the picture, in words
 
     def subset(self, kept):
@@ -1949,7 +1950,7 @@ def measure_beside(pictures, points, sigma, given=None):
     """
     picture, reference = pictures
     given = np.ones(len(points.x), bool) if given is None else given
-    kernel, found, kept = blur_kernel(sigma), {}, ~points.on_isoline
+    kernel, found, kept, lost = blur_kernel(sigma), {}, ~points.on_isoline, np.zeros(len(points.x), bool)
     check_points(points, *picture.shape[:2], len(kernel) // 2)
     there = None if reference.is_aligned else reference.locate(points.centers)
     for i in np.lexsort([points.x, points.y]):
@@ -1963,13 +1964,13 @@ def measure_beside(pictures, points, sigma, given=None):
                 raise Lost
         except Lost:
             found.pop(i, None)
-            kept[i] = False
+            kept[i], lost[i] = False, True
         except Unusable as error:
             if given[i]:
                 raise RmgradientError(f'{points.describe([i])} {error}') from error
             kept[i] = False
     kept = kept[points.leader]
-    n_lost = np.count_nonzero(given & ~kept)
+    n_lost, all_lost = np.count_nonzero(given & ~kept), points.centers[lost]
     if len(np.unique(points.leader[kept])) < LEAST_PLACES and not kept.all():
         raise NotRegistered(f'only {kept.sum()} of {len(kept)} points have data in the picture and on the reference; '
                             f'give at least {LEAST_PLACES} that have')
@@ -1979,7 +1980,7 @@ def measure_beside(pictures, points, sigma, given=None):
     levels, plain, ours = (np.array([found[old[i]][k] for i in points.leader]) for k in (1, 2, 3))
     same = all(getattr(picture, name) == getattr(reference.picture, name) for name in ('dtype', 'scale', 'zero'))
     return measured._replace(chosen=chosen, reference=ReferenceLevels(
-        levels, plain, ours, reference.zero, same, n_lost, reference.where))
+        levels, plain, ours, reference.zero, same, n_lost, all_lost, reference.where))
 
 
 class Lost(Unusable):
@@ -3529,6 +3530,21 @@ def check_parts(errors, left):
     return [Finding('part', text, 'add points of empty sky there', numbers=numbers)]
 
 
+def check_lost(points, lost, picture):
+    """Return the Finding of ninths of the frame whose (n, 2) places are all lost: the reference has no data there."""
+    (height, width, _), parts = picture.shape, []
+    ninths = []
+    for x, y in (points.centers.T, lost.T):
+        row = np.minimum(3 * y // height, 2)
+        ninths.append(3 * (2 - row if picture.bottom_up else row) + np.minimum(3 * x // width, 2))
+    kept, gone = (np.bincount(each.astype(int), minlength=9) for each in ninths)
+    parts = [name for name, n, n_lost in zip(NINTHS, kept, gone) if n == 0 and n_lost >= 2]
+    if not parts:
+        return []
+    text = f'the reference has no data at the {", ".join(parts)}, where the background is extrapolated'
+    return [Finding('part', text, 'crop the picture, or use another reference', numbers=dict.fromkeys(parts))]
+
+
 def check_filled(points):
     """Return the Finding of a frame full of nebula, where a stiff surface was taken, see `lower_sky`."""
     if not points.least_shape:
@@ -3650,6 +3666,8 @@ def check_correction(correction, reference=None):
                 finding = finding._replace(text='the reference is the picture itself, which stays as it is', advice='',
                                            severity='remark')
             findings.append(finding)
+    if fit.beside:
+        findings += check_lost(points, fit.measured.reference.lost, picture)
     findings += check_parts(np.where(known, errors, np.nan), left) + check_span(points, picture)
     findings += check_misfits(fit, correction.misfits, picture)
     filled = check_filled(points)

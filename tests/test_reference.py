@@ -162,6 +162,11 @@ def test_places_without_data_in_the_reference_are_left_out():
     reference[:, :150] = 0
     found = beside(frame, reference)
     assert found.points.x.min() >= 150  # at least half of each window has data
+    reference[:, :210] = 0
+    part = next(finding for finding in beside(frame, reference).findings if finding.kind == 'part')
+    assert part.text.startswith('the reference has no data at the upper left, left, lower left')
+    reference[:] = pair()[1]
+    reference[:, :150] = 0
     given = [(100, 100), *scatter(HEIGHT, WIDTH, 20).tolist()]
     n_lost = sum(x < 148 for x, _ in given)
     found = rg.find_correction(frame, given, reference=reference)
