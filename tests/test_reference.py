@@ -261,7 +261,7 @@ def test_all_frames_get_the_level_of_the_reference():
     rng = np.random.default_rng(7)
     reference = np.rint(800 + field() + rng.normal(0, 10, field().shape)).astype(np.uint16)
     dark = np.median(gaussian_filter(reference.astype(float), (3, 3, 0)), axis=(0, 1))
-    for level, scale in ((600, 0.8), (1000, 1.0), (1300, 1.1)):
+    for level, scale in ((600, 0.8), (1300, 1.1)):
         frame = np.rint(level + 900 * U[..., None] + scale * field() + rng.normal(0, 30, field().shape))
         found = beside(frame.astype(np.uint16), reference)
         assert_allclose(found.sky, found.fit.measured.reference.zero)
@@ -312,7 +312,6 @@ def turned(picture, angle, scale, mirror=False):
     (lambda reference: turned(reference, 7, 0.8), r'by \d+ stars: 0\.80\d\d of its pixels for one, turned by -?7\.0'),
     (lambda reference: turned(reference, 3, 1.0, mirror=True), 'mirrored'),
     (lambda reference: reference[40:360, 50:550], 'by .* stars: 1.000'),
-    (lambda reference: turned(reference, 178, 1.0), 'turned by -?178.0'),
     (lambda reference: turned(reference, -20, 2.5), '2.50')])
 def test_reference_with_other_pixels(spoil, words_of_it):
     pytest.importorskip('astroalign')
