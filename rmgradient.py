@@ -503,7 +503,7 @@ def as_points(points: ArrayLike | Points) -> Points:
             and all(each.dtype.kind in 'iu' and each.min() >= 0 for each in (x, y, leader)) and (leader < len(x)).all()
             and (leader[leader] == leader).all() and len(points.sources) in (0, len(x))
             and max(x.max(), y.max()) < 2**31 and isinstance(points.least_shape, numbers.Real)
-            and 0 <= points.least_shape < 1e9 and len(set(zip(x.tolist(), y.tolist()))) == len(x) >= 1):
+            and 0 <= points.least_shape < 1e9 and len(set(zip(x.tolist(), y.tolist()))) == len(x)):
         raise RmgradientError('these are no Points of make_points or choose_points')
     return points._replace(x=x, y=y, leader=leader)
 
@@ -668,6 +668,12 @@ class Picture:
         return find_stars(self)
 
     @functools.cached_property
+    def stars_of_middle(self) -> np.ndarray:
+        """Places of the brightest stars of the middle, of which each pixel is looked at."""
+        return find_stars(self, *(slice(max(0, n // 2 - BINNED // 2), min(n, n // 2 + BINNED // 2))
+                                  for n in self.shape[:2]))
+
+    @functools.cached_property
     def flipped(self) -> Picture:
         """The same upside down."""
         return Flipped(self)
@@ -775,8 +781,9 @@ def as_picture(image: ArrayLike | Picture, mask: ArrayLike | None = None) -> Pic
         masks[i] = each.reshape(*each.shape[:2], -1).astype(bool).any(axis=2)
     if masks:
         picture = copy.copy(picture)  # the caller's has no mask
-        for cached in ('tiles', 'stars', 'flipped', 'masked_share'):
-            vars(picture).pop(cached, None)
+        for name, each in vars(Picture).items():
+            if isinstance(each, functools.cached_property):  # of the pixels without the mask
+                vars(picture).pop(name, None)
         picture.mask = ArrayPicture(np.any(masks, axis=0))
     return picture
 
@@ -1018,15 +1025,21 @@ def measure_levels(image: ArrayLike | Picture, points: ArrayLike | Points, sigma
 
 def windows_of(picture, points, sigma, robust):
     """Return {index: Window} of points that are not on an isoline, from top to bottom; Unusable if it has none."""
-    kernel, windows = blur_kernel(sigma), {}
+    kernel = blur_kernel(sigma)
     check_points(points, *picture.shape[:2], len(kernel) // 2)
+    return measure_each(points, lambda i: measure_window(picture, (points.x[i], points.y[i]), kernel, robust))
+
+
+def measure_each(points, measure):
+    """Return {index: measure(index)} of points that are not on an isoline, from top to bottom; Unusable if it fails."""
+    found = {}
     for i in np.lexsort([points.x, points.y]):
         if not points.on_isoline[i]:
             try:
-                windows[i] = measure_window(picture, (points.x[i], points.y[i]), kernel, robust)
+                found[i] = measure(i)
             except Unusable as error:
-                windows[i] = error
-    return windows
+                found[i] = error
+    return found
 
 
 def measured_from(points, windows):
@@ -1180,6 +1193,11 @@ MOST_TILTED = 0.5  # of the squared errors of others: a tilt that few pixels acr
 def distances_between(a, b):
     """Return the (n_a, n_b) distances between (n_a, 2) and (n_b, 2) places."""
     return np.hypot(*(a[:, None] - b).transpose(2, 0, 1))
+
+
+def distances_from(centers, some):
+    """Return the (n_places,) distances of places from the nearest of some of them, (n_places,) bool."""
+    return distances_between(centers, centers[some]).min(axis=1, initial=np.inf)
 
 
 def distances_among(places):
@@ -1950,25 +1968,24 @@ def measure_beside(pictures, points, sigma, given=None):
     """
     picture, reference = pictures
     given = np.ones(len(points.x), bool) if given is None else given
-    kernel, found, kept, lost = blur_kernel(sigma), {}, ~points.on_isoline, np.zeros(len(points.x), bool)
+    kernel, kept, lost = blur_kernel(sigma), ~points.on_isoline, np.zeros(len(points.x), bool)
     check_points(points, *picture.shape[:2], len(kernel) // 2)
     there = None if reference.is_aligned else reference.locate(points.centers)
-    for i in np.lexsort([points.x, points.y]):
-        if points.on_isoline[i]:
-            continue
+
+    def measure(i):
         place = points.x[i], points.y[i]
-        try:
-            found[i] = _measure_both(picture, reference.picture, place, kernel) if there is None else (
-                _measure_apart(picture, reference.picture, (place, there[0][i], there[1][i]), (kernel, sigma)))
-            if not all((np.abs(each) < 1e140).all() for each in found[i][1:]):
-                raise Lost
-        except Lost:
-            found.pop(i, None)
-            kept[i], lost[i] = False, True
-        except Unusable as error:
-            if given[i]:
-                raise RmgradientError(f'{points.describe([i])} {error}') from error
-            kept[i] = False
+        both = _measure_both(picture, reference.picture, place, kernel) if there is None else (
+            _measure_apart(picture, reference.picture, (place, there[0][i], there[1][i]), (kernel, sigma)))
+        if not all((np.abs(each) < 1e140).all() for each in both[1:]):
+            raise Lost
+        return both
+
+    found = measure_each(points, measure)
+    for i, each in found.items():
+        if isinstance(each, Unusable):
+            kept[i], lost[i] = False, isinstance(each, Lost)
+            if given[i] and not lost[i]:
+                raise RmgradientError(f'{points.describe([i])} {each}') from each
     kept = kept[points.leader]
     n_lost, all_lost = np.count_nonzero(given & ~kept), points.centers[lost]
     if len(np.unique(points.leader[kept])) < LEAST_PLACES and not kept.all():
@@ -2073,8 +2090,7 @@ def references(picture, beside):
 
 def register_by_shift(picture, beside):
     """Return the Reference of a picture that has its size: the same pixels, unless the stars in the middle moved."""
-    sides = [(max(0, n // 2 - BINNED // 2), min(n, n // 2 + BINNED // 2)) for n in picture.shape[:2]]
-    ours, theirs = (find_stars(each, *(slice(*side) for side in sides)) for each in (picture, beside))
+    ours, theirs = picture.stars_of_middle, beside.stars_of_middle
     if min(len(ours), len(theirs)) < LEAST_STARS:
         return Reference(beside)
     steps = (theirs - ours[:, None]).reshape(-1, 2)
@@ -2082,15 +2098,15 @@ def register_by_shift(picture, beside):
     kinds, counts = np.unique(bins, axis=0, return_counts=True)
     start = np.vstack([np.eye(2), 2 * kinds[counts.argmax()]])
     pairs, matrix = refine_map(ours, theirs, start, MATCHED)
-    corners = np.array(list(itertools.product((0, picture.shape[1]), (0, picture.shape[0]), (1,))), float)
-    moved = np.hypot(*(corners @ matrix - corners[:, :2]).T)
+    corners = np.array(list(itertools.product((0, picture.shape[1]), (0, picture.shape[0]))), float)
+    moved = np.hypot(*(mapped(corners, matrix) - corners).T)
     if len(pairs) < max(LEAST_STARS, 0.2 * min(len(ours), len(theirs))):
         raise NotRegistered('its stars are not those of the picture at the same places; is it registered, and does it '
                             'show the same field?')
     if moved.max() < MOVED:
         return Reference(beside, is_sure=True)
     where = f'up to {moved.max():.1f} pixels from its place, by {len(pairs)} stars'
-    return Reference(beside, lambda places: places @ matrix[:2] + matrix[2], where)
+    return Reference(beside, functools.partial(mapped, matrix=matrix), where)
 
 
 def register_by_wcs(picture, beside):
@@ -2124,7 +2140,7 @@ def register_by_stars(picture, beside):
         raise RmgradientError('has other pixels than the picture: register it, or let its stars be found: '
                               'python -m pip install astroalign') from error
     ours, theirs = picture.stars, beside.stars
-    reach = MATCHED * bin_factor(beside)
+    reach = MATCHED * bin_factor(*beside.shape[:2])
     pairs, matrix = np.zeros((0, 2)), None
     for mirror in (1.0, -1.0):
         flip = np.array([mirror, 1.0])
@@ -2143,7 +2159,7 @@ def register_by_stars(picture, beside):
     middle = np.array([*picture.shape[1::-1], 2.0]) / 2 @ matrix
     where = (f'by {len(pairs)} stars: {scale:.4f} of its pixels for one, turned by {angle:.2f} degrees{mirrored}, the '
              f'middle at ({middle[0]:.0f}, {middle[1]:.0f})')
-    return Reference(beside, lambda places: places @ matrix[:2] + matrix[2], where)
+    return Reference(beside, functools.partial(mapped, matrix=matrix), where)
 
 
 def refine_map(ours, theirs, matrix, reach):
@@ -2162,9 +2178,14 @@ def refine_map(ours, theirs, matrix, reach):
     return np.stack([near, nearest[near]], axis=1), matrix
 
 
-def bin_factor(picture):
+def bin_factor(height, width):
     """Return how many pixels become one to look for stars."""
-    return max(1, -(-max(picture.shape[:2]) // BINNED))
+    return max(1, -(-max(height, width) // BINNED))
+
+
+def mapped(places, matrix):
+    """Return where a (3, 2) affine map brings (n, 2) places."""
+    return places @ matrix[:2] + matrix[2]
 
 
 @np.errstate(all='ignore')  # huge values
@@ -2176,7 +2197,7 @@ def find_stars(picture, rows=None, columns=None):
     from scipy.ndimage import gaussian_filter, maximum_filter
     rows, columns = rows or slice(0, picture.shape[0]), columns or slice(0, picture.shape[1])
     width, height = columns.stop - columns.start, rows.stop - rows.start
-    factor = max(1, -(-max(width, height) // BINNED))
+    factor = bin_factor(height, width)
 
     @np.errstate(all='ignore')  # in each thread
     def binning(start, stop):
@@ -2266,8 +2287,7 @@ class Sites(NamedTuple):
 
     def from_certain(self):
         """Return the (n_places,) distances from the nearest certain point."""
-        centers = self.points.centers
-        return distances_between(centers, centers[self.certain]).min(axis=1, initial=np.inf)
+        return distances_from(self.points.centers, self.certain)
 
     def from_border(self):
         """Return the (n_places, 2) distances from the nearer border in x and y."""
@@ -2456,8 +2476,7 @@ def asymmetric_residuals(terms, levels):
 def places_beside_reference(picture, n, sigma, given=None):
     """Return given points, if any, and all quiet places of a picture, as Points, and which are given."""
     points, is_given = join_quiet_places(picture, n, sigma, given)
-    distances = distances_between(points.centers, points.centers[is_given]).min(axis=1, initial=np.inf)
-    kept = is_given | (distances > 2 * sigma)
+    kept = is_given | (distances_from(points.centers, is_given) > 2 * sigma)
     return points.subset(kept), is_given[kept]
 
 
@@ -2733,9 +2752,8 @@ def leave_faint_ends(followed, sites):
     for group in groups_off(is_sky, sites):
         nebulae |= group & (group.sum() >= GROUP)
     nebulae[~is_sky] &= (errors / sites.noise).sum(axis=1) > 0
-    centers = sites.points.centers
-    distances = distances_between(centers, centers[nebulae]).min(axis=1, initial=np.inf)
-    may_be_faint = (distances < 2.5 * sites.cell) & (sites.from_border().min(axis=1) > sites.cell)
+    is_near = distances_from(sites.points.centers, nebulae) < 2.5 * sites.cell
+    may_be_faint = is_near & (sites.from_border().min(axis=1) > sites.cell)
     while (faint := (excess_of_sky(model, is_sky, sites, sites.noise) > FAINT) & may_be_faint).any():
         is_sky = is_sky & ~faint
         model = fit_sites(is_sky, sites)
@@ -2917,8 +2935,7 @@ def find_sky(fit: Fit, picture: Picture, settings: Settings) -> np.ndarray:
     sky, median = settings.sky, np.median(fit.measured.levels, axis=0)
     reference = fit.measured.reference
     if sky is None and reference and is_level_like(reference, median):
-        level = np.broadcast_to(reference.zero, median.shape).astype(float)
-        sky = picture.physical(level)
+        sky = picture.physical(np.broadcast_to(reference.zero, median.shape))
     if sky is None:
         sky = 'darkest' if fit.adaptive is None else 'color' if settings.method == 'divide' else 'gray'
     if not isinstance(sky, str):
@@ -3508,17 +3525,19 @@ def check_structure(fit, left):
     return [Finding('structure', text, advice, numbers={'noises': float(fine), 'pixels': fit.adaptive.epsilon})]
 
 
+def ninths_of(x, y, picture):
+    """Return the index in `NINTHS` of places in a picture, as it is shown."""
+    height, width, _ = picture.shape
+    row, column = (3 * y // height).astype(int), (3 * x // width).astype(int)
+    return 3 * (2 - row if picture.bottom_up else row) + column
+
+
 def check_parts(errors, left):
     """Return the Finding of ninths of the frame where the expected errors, at every `COARSE`-th tile, are large."""
-    height, width, _ = left.picture.shape
-    row, column = ((centers[::COARSE] * 3 / size).astype(int) for centers, size in
-                   ((left.tiles.y, height), (left.tiles.x, width)))
-    if left.picture.bottom_up:
-        row = 2 - row
+    ninth = ninths_of(*np.meshgrid(left.tiles.x[::COARSE], left.tiles.y[::COARSE]), left.picture)
     unsure = {}
     for i, name in enumerate(NINTHS):
-        here = errors[np.ix_(row == i // 3, column == i % 3)]
-        here = here[np.isfinite(here)]
+        here = errors[(ninth == i) & np.isfinite(errors)]
         if here.size >= 6 and (error := np.sqrt((here**2).mean())) > UNSURE:
             unsure[name] = error
     if not 0 < len(unsure) <= 4:
@@ -3532,12 +3551,7 @@ def check_parts(errors, left):
 
 def check_lost(points, lost, picture):
     """Return the Finding of ninths of the frame whose (n, 2) places are all lost: the reference has no data there."""
-    (height, width, _), parts = picture.shape, []
-    ninths = []
-    for x, y in (points.centers.T, lost.T):
-        row = np.minimum(3 * y // height, 2)
-        ninths.append(3 * (2 - row if picture.bottom_up else row) + np.minimum(3 * x // width, 2))
-    kept, gone = (np.bincount(each.astype(int), minlength=9) for each in ninths)
+    kept, gone = (np.bincount(ninths_of(*each.T, picture), minlength=9) for each in (points.centers, lost))
     parts = [name for name, n, n_lost in zip(NINTHS, kept, gone) if n == 0 and n_lost >= 2]
     if not parts:
         return []
@@ -3666,7 +3680,6 @@ def check_correction(correction, reference=None):
                 finding = finding._replace(text='the reference is the picture itself, which stays as it is', advice='',
                                            severity='remark')
             findings.append(finding)
-    if fit.beside:
         findings += check_lost(points, fit.measured.reference.lost, picture)
     findings += check_parts(np.where(known, errors, np.nan), left) + check_span(points, picture)
     findings += check_misfits(fit, correction.misfits, picture)
@@ -3787,14 +3800,11 @@ def correct_beside(picture: Picture, points: Points | None, settings: Settings, 
             measured = measure_beside((picture, reference), points, settings.sigma, given)
             with about(beside.path):
                 fit = fit_with_reference(measured)
-        except NotRegistered as error:
+        except (NotRegistered, NamedError) as error:
+            if not isinstance(error, NotRegistered) and not isinstance(error.__cause__, NotRegistered):
+                raise
             reasons.append(error)
             continue
-        except NamedError as error:
-            reasons.append(error)
-            if isinstance(error.__cause__, NotRegistered):
-                continue
-            raise
         n_explained = np.count_nonzero(fit.beside.explained)
         if not best or n_explained > best[0]:
             best = n_explained, fit, reference
@@ -5326,7 +5336,7 @@ class Editor:
             measured = self._measure_points(self.points())
             self.correction = correction_of(self.picture, measured, self.settings)
             text = f'{len(measured.points.x)} points in use; {self.correction.verdict.text}'
-            self.findings = self._find_limits()
+            self._correct_shown()
             if shown := [each for each in (*self.correction.findings, *self.findings)
                          if each.severity == 'warning' and each.kind != 'misfit']:
                 text = shown[0].text + f'; fit: {self.correction.verdict.numbers["word"]}'
@@ -5343,13 +5353,13 @@ class Editor:
         self.left.set_title(self._title + ('' if self._is_saved() else ' - points not saved'), fontsize=10)
         self.figure.canvas.draw_idle()
 
-    def _find_limits(self):
-        """Return the Findings about the values of the result, from the pixels that are shown."""
+    def _correct_shown(self):
+        """Correct the pixels that are shown, and find what is noticed about their values."""
         binned = self._binned
-        background = self.correction.model.shrunk(binned.factor).evaluate(0, *binned.values.shape[:2])
-        _, *limited = correct_binned(self.correction, binned, background)
+        self._background = self.correction.model.shrunk(binned.factor).evaluate(0, *binned.values.shape[:2])
+        self._result, *limited = correct_binned(self.correction, binned, self._background)
         share = [math.prod(self.picture.shape[:2]) * each[~binned.untouched].sum() / each.size for each in limited]
-        return check_limits(self.correction, self.picture, [*share, 0])
+        self.findings = check_limits(self.correction, self.picture, [*share, 0])
 
     def _is_saved(self):
         return np.array_equal(self._saved, self.pairs)
@@ -5401,11 +5411,10 @@ class Editor:
         self._read_window()
         shown, like, name = self._binned.values, self._binned.values, 'give at least three points'
         if self.correction:
-            shown = self.correction.model.shrunk(self._binned.factor).evaluate(0, *shown.shape[:2])
-            name = 'background (v: result)'
+            shown, name = self._background, 'background (v: result)'
             if self._shows_result:
-                shown, *_ = correct_binned(self.correction, self._binned, shown)
-                like, name = shown, 'result (v: background)'
+                shown = like = self._result
+                name = 'result (v: background)'
         self._images[1].set_data(self._stretch(shown, like))
         self.right.set_title(name, fontsize=10)
 
@@ -5544,7 +5553,7 @@ def process(options):
         gc.enable()
     given = read_points(options)
     alone, n_failed, reports = len(jobs) == 1, 0, []
-    with open_reference(options.reference) as reference:
+    with open_other(options.reference) as reference:
         for job in progress_bar('picture', shown=not alone)(jobs, len(jobs)):
             try:
                 with about(job.path):
@@ -5611,9 +5620,9 @@ def process_picture(job, given, options, reference):
     settings, picture = settings_of(options), open_picture(job.path)
     megapixels = f' {picture.shape[0] * picture.shape[1] / 1e6:.3g} megapixels'
     with (picture, threads(progress_bar('strip', megapixels, shown=len(options.input) == 1)) as picture.starmap,
-          open_beside(options.mask, picture, check_mask) as mask):
+          open_mask(options.mask, picture) as mask):
         if mask:
-            picture.mask = Flipped(mask) if mask.bottom_up != picture.bottom_up else mask
+            picture.mask = mask.flipped if mask.bottom_up != picture.bottom_up else mask
             if picture.masked_share == 1:
                 raise RmgradientError(f'the mask {mask.path} is 0 nowhere: it has to be 0 where there is sky')
             logger.info('%s: %.3g %% of the picture is masked', picture.path, 100 * picture.masked_share)
@@ -5672,8 +5681,8 @@ def process_picture(job, given, options, reference):
     return report_of(job, correction, counts, [*early, *correction.findings, *late]) | {'files': files}
 
 
-def open_reference(path):
-    """Return a context of the open reference of all pictures, of None if there is none."""
+def open_other(path):
+    """Return a context of an open mask or reference, of None if there is none."""
     if not path:
         return contextlib.nullcontext()
     with about(path):
@@ -5681,18 +5690,14 @@ def open_reference(path):
 
 
 @contextlib.contextmanager
-def open_beside(path, picture, check):
-    """Give the open mask of a picture, None if there is none; check takes the shapes of both."""
-    if not path:
-        yield None
-        return
-    with about(path):
-        beside = open_picture(path)
-    with beside:
-        with about(path):
-            check(picture.shape, beside.shape)
-        beside.starmap = picture.starmap
-        yield beside
+def open_mask(path, picture):
+    """Give the open mask of a picture, None if there is none."""
+    with open_other(path) as mask:
+        if mask:
+            with about(path):
+                check_mask(picture.shape, mask.shape)
+            mask.starmap = picture.starmap
+        yield mask
 
 
 def check_mask(shape, mask_shape):
