@@ -1456,12 +1456,12 @@ class BackgroundModel(NamedTuple):
         """Return the model less the (n_channels,) level of the sky: what is subtracted."""
         return self._replace(plane=self.plane - [sky, 0 * sky, 0 * sky])
 
-    def shrunk(self, factor: int) -> BackgroundModel:
-        """Return the model in pixels that are factor times as large."""
-        middle = (factor - 1) / 2  # of the pixels that become one
-        constant, *slope = self.plane
-        plane = np.stack([constant + middle * sum(slope), *(factor * along for along in slope)])
-        centers = (self.centers - middle) / factor
+    def shrunk(self, factor: int, left: int = 0, top: int = 0) -> BackgroundModel:
+        """Return the model in pixels that are factor times as large, of the window from column left and row top on."""
+        first = np.array([left, top]) + (factor - 1) / 2  # middle of the pixels that become the first one
+        constant, slope = self.plane[0], self.plane[1:]
+        plane = np.vstack([constant + first @ slope, factor * slope])
+        centers = (self.centers - first) / factor
         return self._replace(centers=centers, epsilon=self.epsilon / factor, plane=plane)
 
     def blocks(self, start: int, stop: int, width: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
@@ -5278,9 +5278,11 @@ class Editor:
         self._measured, self._dragged, self._window = {}, None, None
         self._asked = False
         height, width, _ = picture.shape
-        self._binned = read_binned(picture, n=700)  # as large as it is drawn
-        self.figure, (self.left, self.right) = plt.subplots(1, 2, figsize=(14, 6), layout='constrained',
-                                                            sharex=True, sharey=True)
+        # The whole picture, and the part of it that is visible: as many pixels as the screen shows.
+        self._binned = self._visible = read_binned(picture, n=700)
+        # With the window's own borders and buttons it fits a screen of 1366 x 768.
+        self.figure, (self.left, self.right) = plt.subplots(1, 2, figsize=(12.8, 6), sharex=True, sharey=True)
+        self.figure.subplots_adjust(0.01, 0.12, 0.99, 0.95, 0.02)  # room for titles, however the picture is zoomed
         self.status = self.figure.supxlabel(self.HELP, fontsize=9)
         for text in (self.status, self.left.title, self.right.title):
             text.set_parse_math(False)  # names of files may hold $
@@ -5307,8 +5309,6 @@ class Editor:
         for name in ('xlim_changed', 'ylim_changed'):
             self.left.callbacks.connect(name, lambda _: self.timer.start())
         self.update()
-        self.figure.draw_without_rendering()
-        self.figure.set_layout_engine('none')  # once is enough
 
     @staticmethod
     def _stretch(picture, like=None):
@@ -5332,6 +5332,7 @@ class Editor:
     def update(self):
         """Measure what is new, fit, and draw."""
         unusable, self.misfits, self.correction = self.unusable, [], None
+        self._read_window()
         try:
             measured = self._measure_points(self.points())
             self.correction = correction_of(self.picture, measured, self.settings)
@@ -5343,7 +5344,7 @@ class Editor:
             usable = np.delete(np.arange(len(self.pairs)), list(unusable)).tolist()
             self.misfits = [usable[i] for i, _ in self.correction.misfits]
         except RmgradientError as error:
-            text = str(error)
+            text = self._without_advice(error)
         reasons = dict.fromkeys(self.misfits, 'does not fit the others (not on empty sky?)') | unusable
         self._draw(list(reasons))
         for i in sorted(reasons)[-2:]:
@@ -5353,13 +5354,27 @@ class Editor:
         self.left.set_title(self._title + ('' if self._is_saved() else ' - points not saved'), fontsize=10)
         self.figure.canvas.draw_idle()
 
+    @staticmethod
+    def _without_advice(error):
+        """Return the message of an error without its way out, which the window may not have, such as an option."""
+        return str(error).partition('; ')[0]
+
     def _correct_shown(self):
-        """Correct the pixels that are shown, and find what is noticed about their values."""
+        """Correct the whole picture and the visible part, and find what is noticed about the values."""
         binned = self._binned
-        self._background = self.correction.model.shrunk(binned.factor).evaluate(0, *binned.values.shape[:2])
-        self._result, *limited = correct_binned(self.correction, binned, self._background)
+        self._background, self._result, *limited = self._correct(binned, (0, 0))
         share = [math.prod(self.picture.shape[:2]) * each[~binned.untouched].sum() / each.size for each in limited]
         self.findings = check_limits(self.correction, self.picture, [*share, 0])
+        self._visible_background, self._visible_result = self._background, self._result
+        if self._visible is not binned:
+            left, _, top, _ = self._window
+            self._visible_background, self._visible_result, *_ = self._correct(self._visible, (left, top))
+
+    def _correct(self, binned, corner):
+        """Return background and result of a Binned part of the picture, and where it became black and white."""
+        model = self.correction.model.shrunk(binned.factor, *corner)
+        background = model.evaluate(0, *binned.values.shape[:2])
+        return background, *correct_binned(self.correction, binned, background)
 
     def _is_saved(self):
         return np.array_equal(self._saved, self.pairs)
@@ -5392,9 +5407,9 @@ class Editor:
                 check_points(point, *self.picture.shape[:2], len(kernel) // 2)
                 self._measured[place] = measure_window(self.picture, place, kernel, settings.is_adaptive)
             except Unusable as error:
-                self._measured[place] = str(error)
+                self._measured[place] = self._without_advice(error)
             except RmgradientError as error:
-                self._measured[place] = str(error).partition(') ')[2]
+                self._measured[place] = self._without_advice(error).partition(') ')[2]
         return self._measured[place]
 
     def _measure_points(self, points):
@@ -5408,13 +5423,11 @@ class Editor:
             artist.remove()
         points, radius = unchecked_points(self.pairs), math.ceil(3 * self.settings.sigma)
         self._drawn = draw_points(self.left, points, bad, radius)
-        self._read_window()
-        shown, like, name = self._binned.values, self._binned.values, 'give at least three points'
+        shown, like, name = self._visible.values, self._binned.values, 'give at least three points'
         if self.correction:
-            shown, name = self._background, 'background (v: result)'
+            shown, name = self._visible_background, 'background (v: result)'
             if self._shows_result:
-                shown = like = self._result
-                name = 'result (v: background)'
+                shown, like, name = self._visible_result, self._result, 'result (v: background)'
         self._images[1].set_data(self._stretch(shown, like))
         self.right.set_title(name, fontsize=10)
 
@@ -5426,11 +5439,13 @@ class Editor:
         top, bottom = max(0, math.floor(y0)), min(height, math.ceil(y1) + 1)
         window, self._window = self._window, (left, right, top, bottom)
         if left < right and top < bottom and window != self._window:
-            part = read_binned(self.picture, self._window, 700)
+            is_whole = self._window == (0, width, 0, height)
+            self._visible = part = self._binned if is_whole else read_binned(self.picture, self._window, 700)
             height, width = part.untouched.shape
             self._images[0].set_data(self._stretch_with_mask(part))
-            self._images[0].set_extent((left - 0.5, left + part.factor * width - 0.5,
-                                        top + part.factor * height - 0.5, top - 0.5))
+            for image in self._images:
+                image.set_extent((left - 0.5, left + part.factor * width - 0.5,
+                                  top + part.factor * height - 0.5, top - 0.5))
 
     def _change(self, pairs, before=None):
         """Take pairs, and remember those before for undo."""
@@ -5495,7 +5510,8 @@ class Editor:
                 return self.save()
             elif key == 'escape' and not self._is_saved() and not self._asked:
                 self._asked = True
-                raise RmgradientError('points are not saved (s); Escape again leaves them')
+                self._say('points are not saved: press s to save them, or Escape again to close')
+                return None
             elif key in ('enter', 'return', 'escape'):
                 accepts = key != 'escape' and bool(self.points())  # an error if there are too few
                 is_new = self.settings.auto is not None or not self._is_saved()
@@ -5506,15 +5522,20 @@ class Editor:
                 return plt.close(self.figure)
             self.timer.start()
         except (RmgradientError, OSError) as error:
-            self.status.set_text(f'{error}\n{self.HELP}')
-            self.figure.canvas.draw_idle()
+            self._say(self._without_advice(error))
+        return None
+
+    def _say(self, text):
+        """Show a message below the picture."""
+        self.status.set_text(f'{text}\n{self.HELP}')
+        self.figure.canvas.draw_idle()
 
     def save(self):
         """Save the points that can be used."""
         name, self._saved = self._save(self.points()), self.pairs
         self.update()
         left_out = f', without {len(self.unusable)} that can not be used' if self.unusable else ''
-        self.status.set_text(f'{name} written{left_out}\n{self.HELP}')
+        self._say(f'{name} written{left_out}')
 
 
 # ---- Pipeline ------------------------------------------------------------------------------------
@@ -5648,9 +5669,8 @@ def process_picture(job, given, options, reference):
         if options.edit:
             points = edit_points(picture, measured.points if settings.auto is not None else given.points, job, options)
             if points is None:
-                logger.info('%s: left without a change', job.path)
                 return None
-            measured = measure_levels(picture, points, settings.sigma)
+            measured = measure_levels(picture, points, settings.sigma, settings.is_adaptive)
         if not reference:
             correction = correction_of(picture, measured, settings)
         show(picture, [correction.verdict, *correction.findings])
@@ -5734,21 +5754,23 @@ def show(picture, findings):
 
 
 def edit_points(picture, points, job, options):
-    """Let the user set points in a window; return them, or None if it was left without."""
+    """Let the user set points in a window; return them, or None if it was closed without Enter."""
     import matplotlib.pyplot as plt
     name = job.outputs.get('save_points') or os.path.splitext(job.path)[0] + '_points.txt'
     if not job.outputs:
         logger.info('%s: without -o no picture is written; Enter saves the points', job.path)
-    settings, overwrite = settings_of(options), options.overwrite
+    settings, overwrite, is_saved = settings_of(options), options.overwrite, False
 
     def save(points):
-        nonlocal overwrite
+        nonlocal overwrite, is_saved
         replaces, overwrite = overwrite, True  # once it is ours, or asked for twice
         if os.path.isfile(name) and not replaces:
-            raise RmgradientError(f'{name} exists; once more replaces it')
+            raise RmgradientError(f'{name} exists, press s again to replace it')
         check_paths([job.path], [name], replaces)
         with whole_files({'points': name}, replaces) as files:
             files['points'].write(encode_points(picture, points, settings))
+        is_saved = True
+        logger.info('%s: written', name)
         return name
 
     with default_style():
@@ -5756,6 +5778,7 @@ def edit_points(picture, points, job, options):
         editor.saves_on_enter = not job.outputs
         plt.show(block=True)
     if not editor.accepted:
+        logger.info('%s: closed; %s', job.path, 'only the points are written' if is_saved else 'nothing written')
         return None
     if editor.unusable:
         logger.warning('%s: %d points that can not be used are left out', job.path, len(editor.unusable))

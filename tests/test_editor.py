@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Points set by hand: what can be done to them, and the window, with events of matplotlib and of a real screen."""
+import json
 import os
 import shutil
 import subprocess
@@ -172,7 +173,7 @@ def test_isoline_by_shift(hand):
 def test_what_can_not_be_used_is_said(hand):
     hand.set(PLACES)
     hand.click(5, 200)
-    assert hand.editor.unusable == {7: 'is within 24 pixels of the border; use a smaller sigma or move it'}
+    assert hand.editor.unusable == {7: 'is within 24 pixels of the border'}
     assert 'point 8 at (5, 200) is within 24 pixels' in hand.status
     assert len(hand.editor.points().x) == 7
     rings = hand.editor.left.collections[1]
@@ -258,7 +259,7 @@ def test_enter_needs_points_and_escape_leaves(hand):
     assert not hand.editor.accepted
     hand.set(PLACES)
     hand.press('escape')
-    assert 'points are not saved (s); Escape again leaves them' in hand.said
+    assert 'points are not saved: press s to save them, or Escape again to close' in hand.said
     assert plt.fignum_exists(hand.editor.figure.number)
     hand.click(200, 300)  # after any change it is asked anew
     hand.press('escape')
@@ -314,7 +315,7 @@ def test_masked_areas_are_shown(sky):
     plain = 255 * rg.stretch_midtones(sky.astype(float))
     tinted = np.abs(shown - plain).max(axis=2) > 20
     assert_array_equal(tinted, mask)
-    assert editor.unusable == {7: 'is in the mask; move it, or change the mask'}
+    assert editor.unusable == {7: 'is in the mask'}
     plt.close('all')
 
 
@@ -405,13 +406,14 @@ def test_escape_writes_nothing_but_what_was_saved(scripted):
         hand.press('s')
         hand.press('escape')
     assert scripted(user) == 0
-    assert 'left without a change' in scripted.cli.stderr
+    assert scripted.cli.stderr.endswith('sky_points.txt: written\nrmgradient: sky.tif: closed; '
+                                        'only the points are written\n')
     assert scripted.cli.files() == ['sky.tif', 'sky_points.txt']
 
     def other(hand):
         hand.press('a')
         hand.press('s')
-        assert 'sky_points.txt exists; once more replaces it' in hand.said
+        assert 'sky_points.txt exists, press s again to replace it' in hand.said
         hand.press('escape')
         hand.press('escape')
     assert scripted(other) == 0
@@ -425,6 +427,8 @@ def test_escape_writes_nothing_but_what_was_saved(scripted):
         assert (scripted.cli.folder / 'sky_points.txt').read_text().count('\n') == 5
         hand.press('escape')
     assert scripted(third) == 0
+    assert scripted(lambda hand: hand.press('escape')) == 0
+    assert scripted.cli.stderr.endswith('sky.tif: closed; nothing written\n')
 
 
 def test_enter_without_an_output_saves_the_points(scripted):
@@ -435,7 +439,76 @@ def test_enter_without_an_output_saves_the_points(scripted):
     assert scripted.cli.files() == ['out.tif', 'sky.tif']
     assert scripted(user, output=False) == 0
     assert scripted.cli.files() == ['out.tif', 'sky.tif', 'sky_points.txt']
-    assert 'without -o no picture is written; Enter saves the points' in scripted.cli.capsys.readouterr().err
+    said = scripted.cli.capsys.readouterr().err
+    assert 'without -o no picture is written; Enter saves the points' in said
+    assert 'sky_points.txt: written\n' in said
+
+
+def test_result_is_what_the_window_showed(scripted, sky):
+    """Also of the classic model, whose levels are plain means: a star near a point counts."""
+    starry = sky.copy()
+    starry[195:206, 115:126] = 60000
+    tifffile.imwrite('sky.tif', starry, photometric='rgb')
+    levels = []
+
+    def user(hand):
+        levels.append(hand.editor.correction.levels)
+        hand.press('enter')
+    for smooth in ('0.1', 'auto'):
+        assert scripted(user, '-m', smooth, '--overwrite', '--report', 'report.json',
+                        points=['-p', *(str(x) for place in PLACES for x in place)]) == 0
+        report = json.loads((scripted.cli.folder / 'report.json').read_text())
+        assert_allclose(levels[-1], report['levels'], rtol=1e-12)
+    assert (levels[0][-1] > levels[1][-1] + 1000).all()
+
+
+def test_advice_that_the_window_can_not_follow_is_not_shown(hand):
+    """Such as another sigma, which is an option."""
+    hand.set([*PLACES, (5, 5)])
+    assert 'sigma' not in hand.status
+    hand.set([])
+    hand.editor.settings = rg.Settings(auto=3, sigma=60)
+    hand.press('a')
+    assert 'too few quiet places with data' in hand.said
+    assert 'sigma' not in hand.said
+
+
+def test_window_fits_a_small_screen_and_titles_stay(hand):
+    """1366 x 768, less the bars of a desktop and of the window."""
+    figure = hand.editor.figure
+    width, height = figure.get_size_inches() * figure.dpi
+    assert width <= 1300
+    assert height <= 620
+    for x, y in (((100, 130), (300, 10)), ((100, 400), (210, 200)), ((0, 600), (400, 0))):
+        hand.editor.left.set_xlim(x)
+        hand.editor.left.set_ylim(y)
+        figure.canvas.draw()
+        hand.editor.update()
+        for axes in (hand.editor.left, hand.editor.right):
+            box = axes.title.get_window_extent()
+            assert box.y0 >= 0
+            assert box.y1 <= height
+
+
+def test_zoomed_result_is_that_of_the_pixels(sky):
+    matplotlib.use('Agg')
+    large = np.kron(sky, np.ones((5, 5, 1), np.uint16))
+    places = 5 * np.array(PLACES)
+    editor = rg.Editor(picture_of(large), places, rg.Settings(), None)
+    editor.left.set_xlim(1000, 1200)
+    editor.left.set_ylim(1100, 1000)
+    editor.update()
+    correction = rg.find_correction(large, places)
+    background = correction.model.evaluate(0, *large.shape[:2])
+    whole = large - (background - correction.sky)
+    # Shown like the whole result, which is read in larger pixels: medians of these differ a little.
+    expected = rg.stretch_midtones(whole[1000:1101, 1000:1201], whole[2::5, 2::5])
+    shown = editor.right.images[0]
+    assert shown.get_extent() == [999.5, 1200.5, 1100.5, 999.5]
+    assert_allclose(shown.get_array(), 255 * expected, atol=2)
+    plt.close('all')
+
+
 
 
 def test_rings_show_what_is_measured(hand):
