@@ -5118,13 +5118,25 @@ def draw_points(axes, points, bad, radius):
             axes.scatter(points.x, points.y, s=2, c=colors)]
 
 
-def number_points(axes, points, colors):
-    """Write the number of each point beside it, each in its color."""
+def number_points(axes, points, colors, misfits):
+    """Write the number of each point beside it, in its color, unless it would cover another number.
+
+    The numbers of misfits come first: these are what people look for.
+    """
     from matplotlib.patheffects import withStroke
-    outline = [withStroke(linewidth=2, foreground='black')]
-    for i, (center, color) in enumerate(zip(points.centers, colors)):
-        axes.annotate(str(i + 1), center, (3, 3), textcoords='offset points', color=color, fontsize=8,
-                      path_effects=outline)
+    outline, taken = [withStroke(linewidth=2, foreground='black')], np.empty((0, 4))
+    axes.apply_aspect()  # places on paper are final then
+    places = axes.transData.transform(points.centers) * 72 / axes.figure.dpi  # in typographic points, as sizes of text
+    for i in sorted(range(len(places)), key=lambda i: i not in misfits):
+        text, (x, y) = str(i + 1), places[i]
+        width, height = 5.2 * len(text) + 1, 8.0  # of 8 point digits, and a gap
+        for dx, dy in ((3, 3), (-3 - width, 3), (3, -3 - height), (-3 - width, -3 - height)):
+            left, bottom, right, top = box = x + dx, y + dy, x + dx + width, y + dy + height
+            if not ((left < taken[:, 2]) & (taken[:, 0] < right) & (bottom < taken[:, 3]) & (taken[:, 1] < top)).any():
+                taken = np.vstack([taken, box])
+                axes.annotate(text, points.centers[i], (dx, dy), textcoords='offset points', color=colors[i],
+                              fontsize=8, path_effects=outline)
+                break
 
 
 def draw_preview(file, kind, picture, correction):
@@ -5163,14 +5175,14 @@ def preview_figure(picture, correction):
     stretched = [in_colors(each) for each in (
         stretch_midtones(before), stretch_midtones(background, before), stretch_midtones(after))]
     stretched[2][black] = 0, 0.2, 1
-    if binned.masked is not None:
-        stretched[0][binned.masked] = 0.6 * stretched[0][binned.masked] + MASK_TINT
+    hidden = binned.untouched if binned.masked is None else binned.untouched | binned.masked
+    stretched[0][hidden] = 0.6 * stretched[0][hidden] + MASK_TINT
     sky = picture.physical(correction.sky)
     level = in_words(sky[:1] if np.ptp(sky) == 0 else sky)
     panels = figure.subplots(*grid, sharex=True, sharey=True)
-    titles = ('before' + (', masked areas green' if binned.masked is not None else '')
-              + (', red points do not fit' if misfits else ''), 'background',
-              f'after, the sky at {level}' + (', blue is newly black' if black.any() else ''))
+    titles = ('before' + (', green: not measured' if hidden.any() else '')
+              + (', red: points that do not fit' if misfits else ''), 'background',
+              f'after, sky level {level}' + (', blue: became black' if black.any() else ''))
     for axes, each, title in zip(panels, stretched, titles):
         axes.imshow(each, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
         axes.set_title(title)
@@ -5179,8 +5191,7 @@ def preview_figure(picture, correction):
         panels[0].invert_yaxis()
     radius = math.ceil(3 * correction.settings.sigma)
     places = draw_points(panels[0], correction.points, misfits, radius)[-1]
-    if len(correction.points.x) <= 60:
-        number_points(panels[0], correction.points, places.get_facecolors())
+    number_points(panels[0], correction.points, places.get_facecolors(), misfits)
     draw_contours(panels[1], background.mean(axis=2), factor)
     return figure
 
@@ -5192,9 +5203,10 @@ def draw_contours(axes, background, factor):
     y, x = (factor * (np.arange(n) + 0.5) - 0.5 for n in background.shape)
     lines = axes.contour(x, y, background, 8, colors='white', linewidths=0.7)
     middle = np.array([x.mean(), y.mean()])
-    # Numbers stand away from the border, which would cut them.
     places = [min(path.vertices, key=lambda place: np.hypot(*(place - middle)))
               for path in lines.get_paths() if len(path.vertices)]
+    # A line that comes no closer to the middle has no number: the border would cut it.
+    places = [place for place in places if (np.abs(place - middle) < 0.43 * np.array([np.ptp(x), np.ptp(y)])).all()]
     axes.clabel(lines, fontsize=7, fmt=lambda value: in_words([value]), manual=places)
 
 

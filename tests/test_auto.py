@@ -2,6 +2,7 @@
 """Points that are chosen, points that are saved, and the preview."""
 import contextlib
 import functools
+import itertools
 import re
 import sys
 
@@ -654,6 +655,48 @@ def test_preview_shows_three_panels(big):
                    np.median(panel[int(height * 0.25):int(height * 0.35), -80:]) for panel in panels]
     assert differences[0] > 30
     assert abs(differences[1]) < 12
+
+
+def test_numbers_of_points_can_be_read():
+    """No number covers another or its border, most points have one, and each misfit does."""
+    rng = np.random.default_rng(2)
+    y, x = np.mgrid[:400, :600].astype(float)
+    frame = 1000 + 0.4 * x + rng.normal(0, 10, x.shape)
+    frame[170:235, 270:335] += 100
+    places = [(px, py) for px in range(30, 571, 30) for py in range(30, 371, 30)
+              if np.hypot(px - 302, py - 202) > 60] + [(302, 202)]
+    correction = rg.find_correction(frame, places)
+    figure = rg.preview_figure(correction.picture, correction)
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    assert {str(i + 1) for i, _ in correction.misfits} <= set(boxes)
+    assert correction.misfits
+    assert len(boxes) > 0.8 * len(places)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes.values(), 2))
+    for i, (place, number) in enumerate((places[int(text) - 1], boxes[text]) for text in boxes):
+        assert np.hypot(*(axes.transData.transform(place) - [number.x0, number.y0])) < 60, i
+
+
+def test_areas_that_are_not_measured_are_green():
+    """Transparent land, and a masked nebula."""
+    rng = np.random.default_rng(3)
+    frame = np.ones((200, 300, 4), np.float32)
+    frame[..., :3] = rng.normal(1000, 10, (200, 300, 1))  # gray: what is green is the tint
+    frame[150:, :, 3] = 0
+    tifffile.imwrite('alpha.tif', frame, photometric='rgb', extrasamples=['unassalpha'])
+    mask = np.zeros((200, 300), bool)
+    mask[40:60, 100:140] = True
+    places = [(x, y) for x in range(30, 280, 40) for y in (30, 100, 120)]
+    with rg.open_picture('alpha.tif') as picture:
+        picture.mask = rg.as_picture(mask.astype(np.uint8))
+        figure = rg.preview_figure(picture, rg.find_correction(picture, places))
+    red, green, _ = figure.axes[0].images[0].get_array().transpose(2, 0, 1)
+    expected = mask.copy()
+    expected[150:] = True
+    assert (green - red > 0.2)[expected].mean() > 0.95
+    assert (green - red > 0.2)[~expected].mean() < 0.05
+    assert 'green: not measured' in figure.axes[0].get_title()
 
 
 def test_preview_needs_no_output(big):
