@@ -7,26 +7,36 @@
 # ///
 r"""Remove the background gradient from a TIFF or FITS picture of the sky.
 
-The color of the sky is measured at points of empty sky, a smooth surface is
-fitted through these levels, and the surface is subtracted so that the
-background becomes level and gray.
+The program measures the color of the sky at points of empty sky. It fits a
+smooth surface through these levels and subtracts it, so that the background
+becomes level and gray.
 
-Points are pairs X Y of pixels, counted from the top left one (0 0), x to the
-right and y down; -a chooses them, -f reads a file of a pair a line. A pair
-with a minus sign before either number (-0 too) lies on the isoline of the
-last pair without one: it has the same background level as that point, and is
-not measured.
+Points are pairs X Y of pixels, counted from the top left pixel (0 0), x to
+the right and y down. -a chooses them automatically. -f reads them from a
+file, one pair in each line.
 
-The exit status is 0 when all is done, 1 if something about the picture, the
-points or the files is wrong, 2 for wrong usage, and 128 plus its number after
-a signal. Outputs appear complete or not at all. Of several pictures, one that
-fails does not stop the rest.
+A pair with a minus sign before either number (-0 too) is on the isoline of
+the last pair without one: the background has the same level there. Nothing
+is measured at these points.
 
-Examples: points chosen automatically, and points from a file through xargs.
+Outputs appear complete or not at all. If one of several pictures fails, the
+others are corrected all the same.
 
+Exit status:
+0 if all pictures are corrected, 1 if something is wrong with a picture, the
+points or a file, 2 for wrong usage, 130, 143 or 129 after SIGINT, SIGTERM or
+SIGHUP.
+
+Examples:
+
+    # choose the points automatically
     python rmgradient.py -i test_data/sky.tif -o sky_auto.tif -a
-    cat test_data/skypoints | xargs python rmgradient.py -i test_data/sky.tif \
-        -o sky_out.tif -b sky_background.tif -p
+    # your own points, from a file
+    python rmgradient.py -i test_data/sky.tif -o sky_file.tif \
+        -f test_data/skypoints
+    # the same through xargs; also write the background
+    cat test_data/skypoints | xargs python rmgradient.py \
+        -i test_data/sky.tif -o sky_out.tif -b sky_background.tif -p
 """
 # The rooms of this file, in the order of the work; each uses only those above it. A picture and points become
 # levels (Measured), these a surface (Fit), and this what each pixel gets (Correction):
@@ -86,13 +96,30 @@ if IS_COMMAND:
     gc.disable()
 
 
+def how_to_install(packages):
+    """Return the command that adds packages to the environment in which this program runs."""
+    python = 'python' if os.path.dirname(shutil.which('python') or '') == os.path.dirname(sys.executable) else \
+        shlex.quote(sys.executable)
+    folders = sys.prefix.replace('\\', '/').split('/')
+    if folders[-3:-1] == ['pipx', 'venvs']:
+        return f'pipx inject {folders[-1]} {packages}'
+    if any(folder.startswith('environments-v') for folder in folders):  # of `uv run rmgradient.py`
+        return f'uv run --with {packages} rmgradient.py'
+    if not importlib.util.find_spec('pip'):  # as in environments of uv
+        return f'uv pip install --python {python} {packages}'
+    managed = os.path.join(os.path.dirname(os.__file__), 'EXTERNALLY-MANAGED')
+    if sys.prefix == sys.base_prefix and os.path.exists(managed):  # the system's Python, into which pip must not write
+        return f'python3 -m venv .venv && . .venv/bin/activate && pip install {packages}'
+    return f'{python} -m pip install {packages}'
+
+
 def why_not_loaded(error):
     """Return the message of a library that is missing, or fails to load, which each does in its own way."""
     if isinstance(error, ModuleNotFoundError) and error.name and '.' not in error.name:
         names = error.name
         if names in ('imagecodecs', 'numpy', 'scipy', 'tifffile', 'threadpoolctl', 'tqdm'):
             names = 'numpy scipy "tifffile[codecs]" threadpoolctl tqdm'
-        return f'{error.name} is missing; run: python -m pip install {names}'
+        return f'{error.name} is missing; run: {how_to_install(names)}'
     kind = type(error).__name__
     return f'a library can not be loaded ({kind}): not enough memory, or installed in part only'
 
@@ -2138,7 +2165,7 @@ def register_by_stars(picture, beside):
         import astroalign
     except ImportError as error:
         raise RmgradientError('has other pixels than the picture: register it, or let its stars be found: '
-                              'python -m pip install astroalign') from error
+                              f'{how_to_install("astroalign")}') from error
     ours, theirs = picture.stars, beside.stars
     reach = MATCHED * bin_factor(*beside.shape[:2])
     pairs, matrix = np.zeros((0, 2)), None
@@ -4617,7 +4644,7 @@ def unpack_in_child(file):
     import subprocess
     import tempfile
     if not importlib.util.find_spec('astropy'):
-        raise RmgradientError('astropy is missing; run: python -m pip install astropy')
+        raise RmgradientError(f'astropy is missing; run: {how_to_install("astropy")}')
     target = tempfile.TemporaryFile()  # noqa: SIM115
     code = ('import importlib.util, sys; spec = importlib.util.spec_from_file_location("rmgradient", sys.argv[1]); '
             'module = importlib.util.module_from_spec(spec); sys.modules["rmgradient"] = module; '
@@ -4734,7 +4761,7 @@ class FitsImage(FilePicture):
 
     def wcs(self):
         if not importlib.util.find_spec('astropy'):
-            raise RmgradientError('coordinates in the sky (WCS) need astropy; run: python -m pip install astropy')
+            raise RmgradientError(f'coordinates in the sky (WCS) need astropy; run: {how_to_install("astropy")}')
         try:
             with no_warnings():
                 import astropy.io.fits
@@ -5244,8 +5271,8 @@ def choose_toolkit():
                                     if each[0] not in ('Save', 'Subplots')]
     named, displays = os.environ.get('MPLBACKEND'), ('DISPLAY', 'WAYLAND_DISPLAY')
     if not named and sys.platform not in ('win32', 'darwin') and not any(map(os.environ.get, displays)):
-        raise RmgradientError('--edit needs a display; without one, MPLBACKEND=WebAgg uses a browser (with '
-                              'tornado)')
+        raise RmgradientError('--edit needs a display; without one, MPLBACKEND=WebAgg uses a browser; run: '
+                              f'{how_to_install("tornado")}')
     for backend in [named] if named else ['TkAgg', 'QtAgg']:
         with contextlib.suppress(Exception):  # of the toolkits, each raises its own
             import matplotlib.pyplot as plt
@@ -5258,8 +5285,8 @@ def choose_toolkit():
                               'needs')
     if importlib.util.find_spec('_tkinter'):
         raise RmgradientError(f'--edit can not open the display {os.environ.get("DISPLAY", "")}')
-    raise RmgradientError('--edit needs a toolkit for windows; run: apt install python3-tk, or: pip install '
-                          'PySide6')
+    raise RmgradientError('--edit needs a toolkit for windows; run: apt install python3-tk, or: '
+                          f'{how_to_install("PySide6")}')
 
 
 def _kind_of(points):
@@ -5968,81 +5995,84 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser():
     """Return the parser of the command line."""
-    # python -OO has no docstrings
-    parser = Parser(prog='rmgradient', description=(__doc__ or '').rstrip(), add_help=False,
+    text = (__doc__ or '').rstrip()  # python -OO has no docstrings
+    if not ''.join(sys.argv[:1]).endswith('.py'):  # installed
+        text = text.replace('python rmgradient.py', 'rmgradient')
+    parser = Parser(prog='rmgradient', description=text, add_help=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     files = parser.add_argument_group('input and output')
     files.add_argument('-i', '--input', metavar='FILE', nargs='+', action='extend', required=True,
                        help='pictures to correct (TIFF or FITS)')
     files.add_argument('-o', '--output', metavar='FILE',
-                       help='corrected picture, of the same format and type. For several pictures this is a '
-                       'folder that exists, and so are -b, --save-points and --preview')
+                       help='write the corrected picture, in the format and type of the input. For several pictures, '
+                       'name an existing folder here, and for -b, --save-points and --preview')
     files.add_argument('-b', '--background', metavar='FILE',
-                       help='also write the background that is removed: output = input - (background - sky)')
+                       help='also write the background that is removed: output = input - (background - sky level)')
     files.add_argument('-c', '--compress', metavar='LEVEL', type=number_from(0, 9, int), default=0,
-                       help='deflate level of the files written, 0 is none (default: %(default)s)')
-    files.add_argument('--save-points', metavar='FILE', help='write the points used, for -f')
-    files.add_argument('--preview', metavar='FILE', type=preview_name, help='picture of before with points, '
-                       'background, and after (PNG, PDF or SVG by its ending; needs matplotlib)')
-    files.add_argument('--report', metavar='FILE', help='write what was found out about each picture as JSON, a line '
-                       'for each: points, levels, model, warnings and how good the fit is')
-    files.add_argument('--overwrite', action='store_true', help='replace files that exist')
+                       help='compress the written files by deflate, level 1 to 9; 0 is none (default: %(default)s)')
+    files.add_argument('--save-points', metavar='FILE', help='write the points, in the format of -f')
+    files.add_argument('--preview', metavar='FILE', type=preview_name,
+                       help='draw the picture with its points, the background, and the result (PNG, PDF or SVG; needs '
+                       'matplotlib)')
+    files.add_argument('--report', metavar='FILE',
+                       help='write points, levels, model, warnings and quality of the fit as JSON, one line for each '
+                       'picture')
+    files.add_argument('--overwrite', action='store_true', help='replace existing files')
 
-    choice = parser.add_argument_group('points', 'at least one of these; -a adds to those of -p or -f')
+    choice = parser.add_argument_group('points', 'at least one of these; -a adds to the points of -p or -f')
     given = choice.add_mutually_exclusive_group()
     given.add_argument('-p', '--points', metavar=('X', 'Y'), nargs='+', action='extend',
                        help='points of empty sky, in pixels')
     given.add_argument('-f', '--points-file', metavar='FILE',
-                        help='the same from a file, one pair a line, # starts a comment; - is standard input')
+                       help='read points from a file, one pair in each line; # starts a comment; - is standard input')
     choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=0, type=number_from(3, MOST_CELLS, int),
-                        help='choose points, one from each cell of a grid with N cells along the longer '
-                        f'side, 3 to {MOST_CELLS} (default: {AUTO}; {REFERENCE_AUTO} with --reference), '
-                        'where there are neither stars nor nebulae; points given are certain')
+                        help='choose points automatically, off stars and nebulae: at most one in each cell of a grid '
+                        f'with N cells along the longer side, 3 to {MOST_CELLS} (default: {AUTO}; {REFERENCE_AUTO} '
+                        'with --reference). Points of -p or -f are always kept')
     choice.add_argument('--edit', action='store_true',
-                        help='set points by hand in a window that shows the result; begins with those of -p, '
-                        '-f or -a, and names its keys (needs matplotlib)')
+                        help='set points by hand in a window that shows the result. It starts with the points of -p, '
+                        '-f or -a, and lists its keys (needs matplotlib)')
 
     model = parser.add_argument_group('model')
     model.add_argument('-s', '--sigma', metavar='PIXELS', type=number_from(0.1, 10000), default=SIGMA,
                        help='standard deviation of the Gaussian blur at the points (default: %(default)g)')
     model.add_argument('-m', '--smooth', metavar='NUMBER', type=number_from(0, 1e12, word='auto'),
                        default='auto',
-                       help='auto: trend, shape and smoothness that suit the levels best; a number: the '
-                       'classic model, a multiquadric of that smoothness, often 0.1 (default: %(default)s)')
+                       help='auto: the adaptive model, fitted to each picture. A number: the model of rmgradient of '
+                       '2019 with this smoothness, often 0.1 (default: %(default)s)')
     model.add_argument('-r', '--rows', metavar='N', type=number_from(1, 2**31, int), default=ROWS,
-                       help='rows worked on together; memory is proportional (default: %(default)s)')
+                       help='rows processed together; more rows take more memory (default: %(default)s)')
     model.add_argument('--mask', metavar='FILE',
-                       help='picture of the same size (TIFF or FITS), 0 where there is sky: elsewhere, as on land, '
-                       'trees or nebulae, nothing is measured and no point is chosen; it is corrected all the same')
+                       help='picture of the same size (TIFF or FITS): 0 is sky, other pixels are not measured, for '
+                       'example land, trees or a nebula. They are corrected all the same')
     model.add_argument('--reference', metavar='FILE',
-                       help='picture of the same field with less gradient, gray or in the same colors: what it '
-                       'shows is not background, even where nebulae fill the frame. If it is not registered, it is '
-                       'found by WCS (FITS) or by its stars (needs astroalign)')
+                       help='picture of the same field with less gradient, gray or in the same colors. What it shows '
+                       'is kept, even if a nebula fills the frame. If it is not registered, the program uses '
+                       'coordinates (FITS) or stars (needs astroalign)')
 
     correction = parser.add_argument_group('correction')
     how = correction.add_mutually_exclusive_group()
     how.add_argument('--divide', dest='method', action='store_const', const='divide', default='subtract',
                      help='divide by the background instead of subtracting it, for vignetting: '
-                     'output = input * sky / background')
+                     'output = input * sky level / background')
     how.add_argument('--stretch', dest='method', action='store_const', const='stretch',
-                     help='scale each pixel after the subtraction so that white (the largest integer, 1.0 '
-                     'for floats) stays white')
+                     help='after subtracting, scale each pixel so that white stays white (see --white)')
     correction.add_argument('--white', metavar='VALUE', type=number_from(TINY, 1e300),
-                            help='largest value, for --stretch (default: the largest integer, 1.0 for floats)')
+                            help='value of white, for --stretch (default: the largest integer; 1.0 for floats)')
     correction.add_argument('--sky', metavar='LEVEL', type=sky_level,
-                            help='level that the sky gets: gray, the same for all channels, the mean over '
-                            'them of the median level of the points; color, the median level of each '
-                            'channel; darkest, the lowest background of each channel; or a number (default: '
-                            'gray; color with --divide; darkest with --smooth NUMBER; that of a --reference '
-                            'of the same type)')
+                            help='level of the corrected sky: gray (the median level of the points, the same in all '
+                            'channels), color (the median of each channel), darkest (the lowest background of each '
+                            'channel), or a number. Default: gray; color with --divide; darkest with --smooth NUMBER; '
+                            'with --reference, the level of the reference, if it has the same type')
     correction.add_argument('--dither', action='store_true',
-                            help='add noise of one count before integers are rounded, so that no bands show')
+                            help='add noise of one count before rounding to integers, so that smooth areas show no '
+                            'steps')
 
     other = parser.add_argument_group('other')
     how_much = other.add_mutually_exclusive_group()
-    how_much.add_argument('-q', '--quiet', action='store_true', help='errors and warnings only')
+    how_much.add_argument('-q', '--quiet', action='store_true', help='show only errors and warnings')
     how_much.add_argument('-v', '--verbose', action='store_true', help='also show how the model was chosen')
-    other.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
+    other.add_argument('--version', action='version', version=f'%(prog)s {__version__}', help='show the version')
     other.add_argument('-h', '--help', action='help', help='show this help')
     return parser
 
@@ -6079,8 +6109,11 @@ def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(None if argv is None else [os.fspath(word) for word in argv])
     outputs = [getattr(options, kind) for kind in OUTPUTS]
-    if '' in (*options.input, *outputs, options.points_file, options.reference, options.mask, options.report):
+    files = [*options.input, *outputs, options.reference, options.mask, options.report]
+    if '' in (*files, options.points_file):
         parser.error('the name of a file is empty')
+    if '-' in files:
+        parser.error('- is only for -f: pictures and outputs are files, name them (./- for a file called -)')
     if not (options.edit or any(outputs)):
         parser.error('nothing to write: give -o/--output, or --save-points, --preview or -b/--background')
     if options.points is None and options.points_file is None and options.auto is None and not options.edit:

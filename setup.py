@@ -28,7 +28,7 @@ setup(
         'fits': ['astropy>=6.0'],  # to unpack what fpack has packed, and for coordinates in the sky
         'align': ['astroalign>=2.5'],  # references with other pixels
         'test': ['pytest>=8', 'pytest-cov>=5', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'matplotlib>=3.8',
-                 'astropy>=6.0', 'ruff>=0.11', 'codespell>=2.3', 'argparse-manpage>=4.6', 'shtab>=1.7', 'mypy>=1.10',
+                 'astropy>=6.0', 'ruff>=0.11', 'codespell>=2.3', 'argparse-manpage>=4.6', 'mypy>=1.10',
                  'astroalign>=2.5'],
     },
     keywords='astrophotography background gradient light pollution TIFF FITS radial basis function',

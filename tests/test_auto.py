@@ -726,7 +726,8 @@ def test_preview_errors(cli, monkeypatch):
     (cli.folder / 'preview.png').write_text('old')
     cli.fails('--preview', 'preview.png', match='preview.png: exists')
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    cli.fails('--preview', 'other.png', match='other.png: matplotlib is missing; run: python -m pip')
+    hint = rg.how_to_install('matplotlib')
+    cli.fails('--preview', 'other.png', match=f'other.png: matplotlib is missing; run: {hint}')
 
 
 @pytest.mark.parametrize('size', [(90, 120), (1100, 301), (301, 1100), (3, 2001)])

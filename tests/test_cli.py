@@ -548,7 +548,7 @@ def test_commands_of_the_manual_page(tmp_path, monkeypatch):
         assert tifffile.imread(tmp_path / name).shape == (400, 600, 3)
     monkeypatch.setenv('COLUMNS', '80')
     help_text = rg.build_parser().format_help()
-    assert rg.__doc__.strip() in help_text  # one story
+    assert rg.__doc__.strip().replace('python rmgradient.py', 'rmgradient') in help_text  # one story
     assert max(map(len, help_text.splitlines())) <= 80
 
 
@@ -569,8 +569,47 @@ def test_missing_library_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, ROOT / 'rmgradient.py', '-h'], capture_output=True, text=True,
                           env={**os.environ, 'PYTHONPATH': str(tmp_path)})
     assert done.returncode == 1
-    assert done.stderr == ('rmgradient: error: imagecodecs is missing; '
-                           'run: python -m pip install numpy scipy "tifffile[codecs]" threadpoolctl tqdm\n')
+    assert re.fullmatch('rmgradient: error: imagecodecs is missing; run: .*install '
+                        'numpy scipy "tifffile.codecs." threadpoolctl tqdm\n', done.stderr)
+
+
+@pytest.mark.parametrize(('prefix', 'executable', 'has_pip', 'expected'), [
+    ('/home/me/.local/share/pipx/venvs/rmgradient', 'bin/python', False, 'pipx inject rmgradient astropy'),
+    ('/home/me/.local/share/uv/tools/rmgradient', 'bin/python', False,
+     'uv pip install --python /home/me/.local/share/uv/tools/rmgradient/bin/python astropy'),
+    ('/home/me/.cache/uv/environments-v2/rmgradient-12ab', 'bin/python3', False,
+     'uv run --with astropy rmgradient.py'),
+    ('/home/me/my env', 'bin/python', True, "'/home/me/my env/bin/python' -m pip install astropy"),
+    ('C:\\pipx\\venvs\\rmgradient', 'python.exe', False, 'pipx inject rmgradient astropy')])
+def test_hints_fit_how_it_was_installed(monkeypatch, prefix, executable, has_pip, expected):
+    monkeypatch.setattr(sys, 'prefix', prefix)
+    monkeypatch.setattr(sys, 'executable', f'{prefix}/{executable}')
+    monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: has_pip or None)
+    assert rg.how_to_install('astropy') == expected
+
+
+def test_hint_for_the_python_of_the_system(monkeypatch, tmp_path):
+    """Into which pip refuses to write."""
+    monkeypatch.setattr(sys, 'prefix', sys.base_prefix)
+    monkeypatch.setattr(rg.os, '__file__', str(tmp_path / 'os.py'))
+    assert rg.how_to_install('numpy').endswith(' -m pip install numpy')
+    (tmp_path / 'EXTERNALLY-MANAGED').touch()
+    assert rg.how_to_install('numpy') == 'python3 -m venv .venv && . .venv/bin/activate && pip install numpy'
+
+
+def test_help_shows_commands_that_run(monkeypatch, capsys):
+    for name, command in (('/usr/bin/rmgradient', 'rmgradient'), ('rmgradient.py', 'python rmgradient.py')):
+        monkeypatch.setattr(sys, 'argv', [name])
+        with pytest.raises(SystemExit):
+            rg.main(['-h'])
+        said = capsys.readouterr().out
+        assert f'    {command} -i test_data/sky.tif' in said
+        assert ('python' in said) == ('python' in command)
+
+
+@pytest.mark.parametrize('arguments', [['-o', '-'], ['-i', '-'], ['--report', '-'], ['--mask', '-']])
+def test_standard_output_is_no_file(cli, arguments):
+    cli.fails(*arguments, status=2, match='pictures and outputs are files')
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------

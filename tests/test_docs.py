@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import ROOT
@@ -16,7 +18,6 @@ OPTIONS = sorted({option for action in rg.build_parser()._actions for option in 
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
-    pytest.importorskip('shtab')
     pytest.importorskip('argparse_manpage')
     folder = tmp_path_factory.mktemp('pages')
     subprocess.run([sys.executable, ROOT / 'docs' / 'make_pages.py', folder], check=True)
@@ -41,20 +42,63 @@ def test_manual_page_has_no_faults():
     assert 'rmgradient - Remove the background gradient' in re.sub(' +', ' ', done.stdout)
 
 
-@pytest.mark.skipif(not shutil.which('bash'), reason='needs bash')
-@pytest.mark.parametrize(('words', 'expected'), [('--sa', ['--save-points']), ('--sky d', ['darkest']),
-                                                 ('--ref', ['--reference'])])
-def test_bash_completes(words, expected):
-    words = ['rmgradient', *words.split()]
-    script = (f'source {ROOT}/docs/rmgradient.bash\nCOMP_WORDS=({" ".join(words)})\nCOMP_CWORD={len(words) - 1}\n'
-              f'_shtab_rmgradient\nprintf "%s\\n" "${{COMPREPLY[@]}}"')
-    done = subprocess.run(['bash', '-c', script], capture_output=True, text=True)
-    assert done.stdout.split() == expected
+class Shell:
+    """An interactive shell in a terminal, in which the completion is set up."""
+
+    STARTS = {'bash': f'. {ROOT}/docs/rmgradient.bash', 'zsh': f'fpath=({ROOT}/docs $fpath); autoload -U compinit; '
+              'compinit -u -d dump; setopt no_beep; bindkey -e'}
+
+    def __init__(self, name, folder):
+        self.process, self.terminal = os.forkpty()
+        if not self.process:
+            os.chdir(folder)
+            os.execvpe(name, [name, *{'bash': ['--norc', '--noprofile'], 'zsh': ['-f']}[name], '-i'],
+                       {**os.environ, 'TERM': 'dumb', 'PS1': '', 'HISTFILE': ''})
+        self.say(f'stty -echo; {self.STARTS[name]}; echo rea""dy\n')
+        self.hear('ready')
+
+    def say(self, text):
+        os.write(self.terminal, text.encode())
+
+    def hear(self, mark, times=1):
+        said = ''
+        while said.count(mark) < times:
+            said += os.read(self.terminal, 4096).decode(errors='replace')
+        return said
+
+    def completed(self, words, wait):
+        """Return the words of a command line after the Tab key."""
+        self.say(f'rmgradient {words}\t')
+        time.sleep(wait)  # what is typed meanwhile may be taken for an answer, or for a part of the word
+        self.say('\001printf "<%s>" END \005 END\n')  # to the begin of the line, and to its end
+        said = self.hear('<END>', 2)
+        return re.findall('<([^<>]*)>', said.split('<END>')[1])[1:]
+
+    def close(self):
+        os.kill(self.process, signal.SIGKILL)
+        os.waitpid(self.process, 0)
+        os.close(self.terminal)
 
 
-@pytest.mark.skipif(not shutil.which('zsh'), reason='needs zsh')
-def test_zsh_reads_the_completion():
-    assert subprocess.run(['zsh', '-n', ROOT / 'docs' / '_rmgradient']).returncode == 0
+@pytest.mark.parametrize('name', ['bash', 'zsh'])
+def test_shells_complete(tmp_path, name):
+    if not (shutil.which(name) and hasattr(os, 'forkpty')):
+        pytest.skip(f'needs {name} and a terminal')
+    best = "my 'best' sky.tif"
+    for file in ('one.tif', 'two.tif', best):
+        (tmp_path / file).touch()
+    shell = Shell(name, tmp_path)
+    try:
+        for words, *expected in (('--sa', '--save-points'), ('--sky d', '--sky', 'darkest'), ('-m a', '-m', 'auto'),
+                                 ('-i one.tif tw', '-i', 'one.tif', 'two.tif'),
+                                 ('-i one.tif my', '-i', 'one.tif', best),
+                                 ('-i "my', '-i', best), ('-p 1 2 --ref', '-p', '1', '2', '--reference'),
+                                 ('-i one.tif --ref', '-i', 'one.tif', '--reference'), ('-a --ov', '-a', '--overwrite'),
+                                 ('-o tw', '-o', 'two.tif'), ('-o one.tif --repo', '-o', 'one.tif', '--report')):
+            if shell.completed(words, 0.15) != expected:
+                assert shell.completed(words, 2) == expected  # a busy machine
+    finally:
+        shell.close()
 
 
 def test_links_lead_somewhere():

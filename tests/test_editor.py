@@ -340,11 +340,11 @@ def test_without_display_or_toolkit(cli, monkeypatch):
     monkeypatch.delenv('MPLBACKEND')
     monkeypatch.setenv('DISPLAY', ':98765')
     monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: name != '_tkinter' or None)
-    cli.fails('--edit', points=[], match='--edit needs a toolkit for windows; run: apt install python3-tk, or: pip')
+    cli.fails('--edit', points=[], match='--edit needs a toolkit for windows; run: apt install python3-tk, or: ')
     monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: True)
     cli.fails('--edit', points=[], match='--edit can not open the display :98765')
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    cli.fails('--edit', points=[], match='error: matplotlib is missing; run: python -m pip')
+    cli.fails('--edit', points=[], match=f'error: matplotlib is missing; run: {rg.how_to_install("matplotlib")}')
 
 
 @pytest.fixture

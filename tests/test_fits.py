@@ -405,7 +405,8 @@ def test_packed_files_without_astropy(run, monkeypatch):
     unpacked_and_packed(run.cli.folder, planes(draw()[0])[0])
     find = rg.importlib.util.find_spec
     monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: None if name == 'astropy' else find(name))
-    run.cli.fails('-i', 'packed.fits.fz', '-o', 'x.fits', match='packed.fits.fz: astropy is missing; run: python')
+    run.cli.fails('-i', 'packed.fits.fz', '-o', 'x.fits',
+                  match=f'packed.fits.fz: astropy is missing; run: {rg.how_to_install("astropy")}')
     assert run.cli('-i', 'zipped.fits.gz', '-o', 'x.fits') == 0
 
 

@@ -332,8 +332,8 @@ def test_library_that_does_not_load(cli, monkeypatch):
     for error, match in ((ImportError('libopenblas.so: failed to map segment', name='scipy.interpolate._fitpack'),
                           'a library can not be loaded (ImportError): not enough memory, or installed in part only'),
                          (ImportError('no memory'), 'a library can not be loaded'),
-                         (ModuleNotFoundError('no', name='scipy'), 'scipy is missing; run: python -m pip install nu'),
-                         (ModuleNotFoundError('no', name='xy'), 'xy is missing; run: python -m pip install xy')):
+                         (ModuleNotFoundError('no', name='scipy'), 'scipy is missing; run: '),
+                         (ModuleNotFoundError('no', name='xy'), f'xy is missing; run: {rg.how_to_install("xy")}')):
         def fail(*_, error=error):
             raise error
         with monkeypatch.context() as patch_:
