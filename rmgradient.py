@@ -38,25 +38,25 @@ Examples:
     cat test_data/skypoints | xargs python rmgradient.py \
         -i test_data/sky.tif -o sky_out.tif -b sky_background.tif -p
 """
-# The rooms of this file, in the order of the work; each uses only those above it. A picture and points become
-# levels (Measured), these a surface (Fit), and this what each pixel gets (Correction):
+# The sections of this file are in the order of the work. Each uses only those above it. Levels are measured at points
+# of a picture (Measured). A surface is fitted to the levels (Fit). It corrects each pixel (Correction).
 # - Process, Errors and settings;
-# - numbers, which never open a file or print: Points, Pictures, Levels, Choice of the model, Model and fit, Misfits,
-#   Reference, Automatic points, Sky level, Correction, Chain;
+# - numbers, without files or messages: Points, Pictures, Tiles, Levels, Choice of the model, Model and fit, Misfits,
+#   Reference, Automatic points, Sky level, Correction, Check of the result, Chain;
 # - files: Picture files, TIFF directories, TIFF, FITS, Formats, Files;
-# - people: Display, Pipeline, Command line.
+# - users: Display, Pipeline, Command line.
 from __future__ import annotations
 
-import _signal  # a part of the interpreter: `signal` has to be read from a file
+import _signal  # built into the interpreter, so an interruption cannot come before it is loaded
 import os
 import sys
 
 # ---- Process -------------------------------------------------------------------------------------
 
 if IS_COMMAND := os.path.splitext(os.path.basename(''.join(sys.argv[:1])))[0] == 'rmgradient':
-    # The process is ours alone. Until main() takes over, an interruption ends it quietly, also while libraries load.
+    # Nothing else runs in this process. Until main() handles signals, an interruption ends it without a traceback.
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
-    # Our threads take strips each: threads inside of small matrix products would only be in their way.
+    # Each of our threads processes a strip. More threads inside of small matrix products would only make them wait.
     os.environ.update(dict.fromkeys(
         ('OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'OMP_NUM_THREADS', 'VECLIB_MAXIMUM_THREADS'), '1'))
 
@@ -92,7 +92,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 if IS_COMMAND:
-    # Loading makes much and frees nothing, and one picture is corrected in less time than garbage is looked for.
+    # Imports create many objects and free none. Collecting garbage takes longer than correcting one picture.
     gc.disable()
 
 
@@ -114,7 +114,7 @@ def how_to_install(packages):
 
 
 def why_not_loaded(error):
-    """Return the message of a library that is missing, or fails to load, which each does in its own way."""
+    """Return the message for a library that is missing or fails to load."""
     if isinstance(error, ModuleNotFoundError) and error.name and '.' not in error.name:
         names = error.name
         if names in ('imagecodecs', 'numpy', 'scipy', 'tifffile', 'threadpoolctl', 'tqdm'):
@@ -158,8 +158,8 @@ SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if 
 class _OneBlasThread:
     """Limit BLAS to one thread, as the command's environment does.
 
-    Our matrices are small, and we work in threads already: more of them would wait for each other, and use ten times
-    the processor time. The first of several threads of the caller sets the limit, and the last one restores it.
+    Our matrices are small, and we already work in threads. More threads would wait for each other, and use ten times
+    the processor time. If several threads call us, the first sets the limit and the last restores it.
     """
 
     def __init__(self):
@@ -185,7 +185,7 @@ class _OneBlasThread:
 
 
 one_blas_thread = _OneBlasThread()
-_WARNINGS = threading.RLock()  # `catch_warnings` changes what is the same for all threads
+_WARNINGS = threading.RLock()  # `catch_warnings` changes a state that all threads share
 
 
 @contextlib.contextmanager
@@ -200,15 +200,15 @@ def in_two_threads(work, arguments):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         try:
             results = pool.map(work, arguments)
-        except RuntimeError as error:  # no thread can be started, mostly for lack of memory
+        except RuntimeError as error:  # a thread cannot be started, usually for lack of memory
             raise MemoryError from error
         yield from results
 
 
 @contextlib.contextmanager
 def threads(progress):
-    """Give an `itertools.starmap` that works in threads on lists of arguments, and keeps their order."""
-    np.empty(min(N_WORKERS, 4) * 2**27, np.uint8)  # MemoryError now; later, threads would hang, and BLAS exit
+    """Yield an `itertools.starmap` that works in threads, and yields results in order."""
+    np.empty(min(N_WORKERS, 4) * 2**27, np.uint8)  # raise MemoryError now: later, threads would hang, and BLAS exit
     pool = concurrent.futures.ThreadPoolExecutor(N_WORKERS)
 
     def results(work, arguments):
@@ -218,7 +218,7 @@ def threads(progress):
                 pending.append(pool.submit(work, *each))
             except RuntimeError as error:  # no more threads
                 raise MemoryError from error
-            if len(pending) > 2 * N_WORKERS:  # more results that wait would take more memory
+            if len(pending) > 2 * N_WORKERS:  # limits the memory of results that wait
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -230,11 +230,11 @@ def threads(progress):
 
 
 def ignore(*_):
-    """Do nothing about a signal; SIG_IGN would make Python complain of one that is under way."""
+    """Ignore a signal. With SIG_IGN, Python would report an error for a signal that has already arrived."""
 
 
 def interrupt(signal_number, _):
-    """Raise SystemExit for the first signal, so that everything is cleaned up, and ignore further ones."""
+    """Raise SystemExit for the first signal, so that everything is cleaned up. Ignore further signals."""
     for each in SIGNALS:
         signal.signal(each, ignore)
     sys.exit(128 + signal_number)
@@ -242,7 +242,7 @@ def interrupt(signal_number, _):
 
 @contextlib.contextmanager
 def signals_handled(handler):
-    """Handle the signals that end a program otherwise; only in the main thread, since others can't."""
+    """Handle the signals that would end the program. Python allows this only in the main thread."""
     old = {}
     if threading.current_thread() is threading.main_thread():
         old = {number: signal.signal(number, handler) for number in SIGNALS
@@ -263,26 +263,26 @@ METHODS = 'subtract', 'stretch', 'divide'
 
 
 class RmgradientError(ValueError):
-    """Something that the user can correct."""
+    """A mistake that the user can correct: in the picture, the points, the options or the files."""
 
 
 class Damage(RmgradientError):
-    """What a file declares can't be."""
+    """A file contradicts itself."""
 
 
 class Unusable(RmgradientError):
-    """A place can't be measured."""
+    """A place cannot be measured."""
 
 
 class RmgradientWarning(UserWarning):
-    """Something about a picture or its background that is doubtful, see `Finding`."""
+    """Warning about a picture or its background, see `Finding`."""
 
 
 class Finding(NamedTuple):
-    """Something that was noticed. docs/messages.rst explains each kind."""
+    """A remark or a warning about a picture. docs/messages.rst explains each kind."""
 
     kind: str
-    text: str  # what it is, in one line
+    text: str  # what is wrong, in one line
     advice: str = ''  # what to do
     severity: str = 'warning'  # or 'remark'
     places: tuple = ()  # points (x, y) or areas (left, top, right, bottom), pixels
@@ -293,7 +293,7 @@ class Finding(NamedTuple):
 
 
 class NamedError(RmgradientError):
-    """An error whose message begins with the name of the file that it is about."""
+    """An error whose message begins with a file name."""
 
 
 def printable(text):
@@ -303,7 +303,7 @@ def printable(text):
 
 @contextlib.contextmanager
 def about(name):
-    """Prefix errors raised in the block with a file name, unless they have one; an empty name stands for none."""
+    """Prefix errors raised in the block with a file name, unless they have one. An empty name adds nothing."""
     try:
         yield
     except NamedError:
@@ -315,32 +315,33 @@ def about(name):
 
 
 def in_words(values):
-    """Return numbers, one for each channel, as people write them."""
+    """Return numbers, one for each channel, as text."""
     return ', '.join(f'{value:.0f}' if 1e4 <= abs(value) <= 1e12 else f'{value:.5g}' for value in values)
 
 
 def rounded(value):
-    """Return the size of a value in two or three digits."""
+    """Return the absolute value as text with two or three digits."""
     value = abs(float(value))
     return f'{value:.0f}' if 100 <= value < 1e12 else f'{value:.2g}'
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that can be chosen about a correction. An option is added here, in `build_parser`, and in the step it is for.
+    """Options of a correction.
 
-    Raises RmgradientError for values that no picture can have.
+    Raises RmgradientError for values outside their range.
     """
+    # A new option is added here, in `build_parser`, and in the step that uses it.
 
     sigma: float = SIGMA  # blur at the points, pixels
     smooth: float | str = 'auto'  # 'auto': the adaptive model; a number: the classic one, see `fit_background`
-    sky: str | float | Sequence[float] | None = None  # level that the sky gets, see `find_sky`
+    sky: str | float | Sequence[float] | None = None  # level of the corrected sky, see `find_correction`
     method: str = 'subtract'  # or 'stretch' or 'divide', see `Correction`
-    dither: bool = False  # whether noise of one count is added before integers are rounded
-    rows: int = ROWS  # worked on together; memory is proportional
-    white: float | None = None  # the largest value, for 'stretch'; None: the largest integer, 1.0 for floats
-    auto: int | None = None  # cells along the longer side from which points are chosen; 0: a default; None: none are
-    compress: int = 0  # level of deflate of the files written; 0: none
+    dither: bool = False  # add noise of one count before rounding to integers
+    rows: int = ROWS  # processed together; memory is proportional
+    white: float | None = None  # value of white, for 'stretch'; None: the largest integer, 1.0 for floats
+    auto: int | None = None  # cells along the longer side for automatic points; 0: the default; None: no such points
+    compress: int = 0  # deflate level of the written files; 0: none
 
     def __post_init__(self):
         if not (isinstance(self.sigma, numbers.Real) and 0.1 <= self.sigma <= 10000):
@@ -373,54 +374,54 @@ class Settings:
 
     @property
     def is_classic(self):
-        """Whether the result is that of the rmgradient of 2019: borders without data are not known, and black is 0."""
+        """Whether the result is that of rmgradient of 2019, which does not know borders without data."""
         return not self.is_adaptive and (self.sky is None or isinstance(self.sky, str) and self.sky == 'darkest')
 
     @property
     def is_adaptive(self):
-        """Whether the model is the adaptive one, through levels without stars."""
+        """Whether the model is adaptive, and its levels are measured without stars."""
         return isinstance(self.smooth, str)
 
 
 # ---- Points --------------------------------------------------------------------------------------
 
-MOST_POINTS = 5000  # that a model is fitted to: time grows with the third power, memory with the second
-SEPARATORS = r'[\s,;()\[\]{}]+'  # of coordinates
+MOST_POINTS = 5000  # of a model: time grows with the third power of this, memory with the second
+SEPARATORS = r'[\s,;()\[\]{}]+'  # between coordinates
 
 
 class Points(NamedTuple):
-    """Places on the background, in pixels, each with the place where its level is measured."""
+    """Points of the background, measured ones and those on isolines."""
 
     x: np.ndarray  # (n_points,) int: column; the top left pixel is (0, 0)
     y: np.ndarray  # (n_points,) int: row
     leader: np.ndarray  # (n_points,) int: index of the point whose level it takes: itself, or the first of its isoline
-    sources: tuple = ()  # where each was read, for messages; empty if that is not known
-    least_shape: float = 0.0  # of the adaptive model through them, pixels: see `choose_points`
-    is_chosen: bool = False  # whether some were chosen automatically: these agree better than those of people
+    sources: tuple = ()  # (n_points,) str: where each was read, for messages; empty if unknown
+    least_shape: float = 0.0  # smallest shape of the adaptive model through them, pixels: see `choose_points`
+    is_chosen: bool = False  # some were chosen automatically, because they agree with each other
 
     @property
     def on_isoline(self) -> np.ndarray:
-        """(n_points,) bool ndarray: True where the level is that of another point."""
+        """(n_points,) bool ndarray: True for points that take the level of another point."""
         return self.leader != np.arange(len(self.leader))
 
     @property
     def centers(self) -> np.ndarray:
-        """(n_points, 2) float64 ndarray: the places x, y."""
+        """(n_points, 2) float64 ndarray: x and y, pixels."""
         return np.stack([self.x, self.y], axis=1).astype(float)
 
     @property
     def pairs(self) -> np.ndarray:
-        """(n_points, 2) float64 ndarray: the places, negative (-0.0, too) on isolines."""
+        """(n_points, 2) float64 ndarray: x and y, pixels, negative (also -0.0) on isolines."""
         return np.copysign(self.centers, np.where(self.on_isoline, -1.0, 1.0)[:, None])
 
     def subset(self, kept: np.ndarray) -> Points:
-        """Return some of the points, (n_points,) bool; the first kept of an isoline becomes its leader."""
+        """Return the points where kept, (n_points,) bool, is True. The first one of each isoline becomes its leader."""
         _, first, group = np.unique(self.leader[kept], return_index=True, return_inverse=True)
         sources = tuple(itertools.compress(self.sources, kept))
         return self._replace(x=self.x[kept], y=self.y[kept], leader=first[group], sources=sources)
 
     def describe(self, indices: Sequence[int]) -> str:
-        """Return some of the points in words: the first five, and how many more."""
+        """Return the coordinates of some points as text: the first five, and how many more."""
         sources = [source and f' in {source}' for source in self.sources] or [''] * len(self.x)
         places = ', '.join(f'({self.x[i]}, {self.y[i]}){sources[i]}' for i in indices[:5])
         more = f' and {len(indices) - 5} more' if len(indices) > 5 else ''
@@ -428,7 +429,7 @@ class Points(NamedTuple):
 
 
 def parse_coordinates(words):
-    """Return the (n_points, 2) pairs in words; decimals are rounded, and -0 keeps its sign."""
+    """Return the (n_points, 2) coordinates in a list of words. Decimals are rounded, and -0 keeps its sign."""
     values = []
     for word in re.split(SEPARATORS, ' '.join(words).strip(' ,;()[]{}')):
         if not re.fullmatch(r'[+-]?[0-9]{1,9}(\.[0-9]*)?', word, re.ASCII):
@@ -445,15 +446,15 @@ def split_words(line):
 
 
 def count_numbers(line):
-    """Return how many numbers a line holds, 0 if it holds words, too."""
+    """Return how many numbers a line has, 0 if it also has words."""
     words = split_words(line)
     return len(words) if all(re.fullmatch(r'[+-]?[\d.]+', word) for word in words) else 0
 
 
 def parse_points_file(lines):
-    """Return the pairs in lines of a points file, and the number of the line of each.
+    """Return the pairs in lines of a points file, and the line number of each.
 
-    A pair a line, or in all lines a single number. What stands behind a pair or a # is a comment.
+    Each line has a pair, or all lines have a single number. Text after a pair or after # is a comment.
     """
     numbered = [(i, split_words(line)[:2]) for i, line in enumerate(lines, 1)]
     numbered = [(i, words) for i, words in numbered if words[0]]
@@ -470,28 +471,28 @@ def parse_points_file(lines):
 
 
 def format_points_file(points):
-    """Return lines of a points file, which `parse_points_file` reads."""
+    """Return the lines of a points file, without its header. `parse_points_file` reads them."""
     return [f'{x:.0f} {abs(y):.0f}' for x, y in points.pairs]
 
 
 def make_points(pairs: ArrayLike, sources: Sequence[str] = (), least: int = 3) -> Points:
-    """Sort out which points are measured and which are on an isoline.
+    """Make Points from coordinates, negative ones on isolines.
 
     Parameters
     ----------
     pairs : (n_points, 2) array_like
-        Coordinates x, y in pixels; decimals are rounded. A sign bit on either (-0.0, too) puts the point on
-        the isoline of the last point without one.
+        Coordinates x, y in pixels. Decimals are rounded. A minus sign on either (also -0.0) puts the point on the
+        isoline of the last point without one.
     sources : sequence of str
         Where each was read, for messages.
     least : int
-        How many there have to be: three for a surface, one beside those that are chosen.
+        Smallest number of points: three for a surface, one together with automatic points.
 
     Raises
     ------
     RmgradientError
-        For anything but numbers, an isoline without a first point, a place given twice, too few
-        places, or more than `MOST_POINTS`.
+        If the pairs are not numbers, an isoline has no first point, a place is given twice, or there are fewer than
+        `least` or more than 5000 points.
     """
     try:
         pairs = np.asarray(pairs)
@@ -522,7 +523,7 @@ def make_points(pairs: ArrayLike, sources: Sequence[str] = (), least: int = 3) -
 
 
 def as_points(points: ArrayLike | Points) -> Points:
-    """Return pairs, or Points, as Points that can be used; RmgradientError for others, see `make_points`."""
+    """Return pairs or Points as valid Points, see `make_points`."""
     if not isinstance(points, Points):
         return make_points(points)
     x, y, leader = (np.asarray(each) for each in points[:3])
@@ -536,7 +537,7 @@ def as_points(points: ArrayLike | Points) -> Points:
 
 
 def unchecked_points(pairs, sources=()):
-    """Return the Points of pairs, see `make_points`, whether or not they can be used."""
+    """Return the Points of pairs as `make_points`, without its checks."""
     pairs = np.asarray(pairs, float).reshape(-1, 2)
     on_isoline = np.signbit(pairs).any(axis=1)
     leader = np.maximum.accumulate(np.where(on_isoline, 0, np.arange(len(pairs))))
@@ -544,7 +545,7 @@ def unchecked_points(pairs, sources=()):
 
 
 def remove_pair(pairs, i):
-    """Return pairs without one; the next on its isoline takes its place as the one that is measured."""
+    """Return pairs without one. If it was measured, the next point on its isoline is measured instead."""
     others = np.delete(pairs, i, axis=0)
     if i < len(others) and not np.signbit(pairs[i]).any():
         others[i] = np.abs(others[i])
@@ -552,7 +553,7 @@ def remove_pair(pairs, i):
 
 
 def check_points(points, height, width, radius):
-    """Raise RmgradientError if a point is outside, or a measured one within `radius` of a border."""
+    """Raise RmgradientError if a point is outside, or a measured point is within radius of a border."""
     x, y = points.x, points.y
     if 2 * radius >= min(height, width):
         raise RmgradientError(f'the blur reaches {radius} pixels, too far in {width} x {height} pixels; use '
@@ -571,30 +572,29 @@ def check_points(points, height, width, radius):
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
-TINY = np.finfo(float).tiny  # keeps a divisor from zero
-MOSAIC = 4.0  # standard errors: sublattices whose medians differ by more are raw colors
-LONG_RUN = 32  # pixels of a row that are all 0 and have no data; shorter ones inside of the frame are data
+TINY = np.finfo(float).tiny  # added to divisors that may be zero
+MOSAIC = 4.0  # standard errors: if medians of the sublattices differ by more, the picture has raw colors
+LONG_RUN = 32  # pixels: so many zeros side by side in a row have no data; fewer, inside of the frame, are sky
 
 
 class Picture:
-    """Pixels of which any rows can be read: an array, or an open file, for which each format fills this in.
+    """A picture whose rows are read when they are needed: an array or an open file.
 
-    `picture[top:bottom, left:right]` is an array of the color channels, and `numpy.asarray(picture)` all of them.
-    `read` gives extra samples (alpha), too.
-    All may be called from several threads.
+    `picture[top:bottom, left:right]` reads a window of the color channels, and `numpy.asarray(picture)` all pixels.
+    `read` also returns extra samples (alpha). All methods may be called from several threads.
     """
 
     path = ''  # of the file, for messages; empty for arrays
     shape: tuple[int, int, int]  # height, width and number of color channels
     n_samples: int  # color channels plus extra samples
     dtype: np.dtype  # in native byte order
-    blank: float | None = None  # value that stands for no data; windows have NaN there, `read` the value
-    alpha: int | None = None  # index, from the end, of the sample that is 0 where a pixel is transparent
-    mask: Picture | None = None  # not 0 where pixels are not to be measured
-    scale, zero = 1.0, 0.0  # of physical values: scale * value + zero
-    bottom_up = False  # whether the first row is at the bottom
+    blank: float | None = None  # value of pixels without data; windows have NaN there, `read` returns this value
+    alpha: int | None = None  # index, from the end, of the alpha sample: 0 is transparent
+    mask: Picture | None = None  # pixels that are not 0 here are not measured
+    scale, zero = 1.0, 0.0  # physical value = scale * stored value + zero
+    bottom_up = False  # whether the first row is displayed at the bottom
     has_wcs = False  # whether its header has coordinates in the sky, see `wcs`
-    starmap: Callable = staticmethod(itertools.starmap)  # works on groups of rows: `threads` gives a faster one
+    starmap: Callable = staticmethod(itertools.starmap)  # processes groups of rows; `threads` has a faster one
 
     def read(self, start: int, stop: int, left: int = 0, right: int | None = None) -> np.ndarray:
         """Return rows start to stop - 1 as a new (n_rows, n_columns, n_samples) ndarray in native byte order."""
@@ -609,7 +609,7 @@ class Picture:
         else:
             color = self.read(top, bottom, left, right)[..., :self.shape[2]]
         color = color if self.blank is None else np.where(color == self.blank, np.nan, color)
-        # Columns first: an integer takes its axis away.
+        # Columns first: an integer index removes its axis.
         color = color[:, columns][rows]
         return color[(..., *channels)] if channels else color
 
@@ -622,7 +622,8 @@ class Picture:
     def usable(self, rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return the color channels of a window, and which of its pixels can be measured, (n_rows, n_columns) bool.
 
-        Those are finite, not blank, not transparent, not masked, and not in an area without data, see `no_data`.
+        Pixels can be measured if they are finite, not blank, not transparent, not masked, and not without data (zeros
+        around a registered stack).
         """
         samples = self.read(rows.start, rows.stop, columns.start, columns.stop)
         color = samples[..., :self.shape[2]]
@@ -638,7 +639,7 @@ class Picture:
     def untouched(self, samples, rows, columns):
         """Return which pixels of a window are transparent or without data, (n_rows, n_columns) bool.
 
-        Samples: what `read` gives there.
+        The samples are those that `read` returns for the window.
         """
         n_channels = self.shape[2]
         color = samples[..., :n_channels]
@@ -646,7 +647,7 @@ class Picture:
             untouched = no_data(color, self._ends_empty(rows, color))
         else:
             untouched = is_empty(color)
-            for i in np.flatnonzero(untouched.any(axis=1)):  # the whole row tells
+            for i in np.flatnonzero(untouched.any(axis=1)):  # whether there is data depends on the whole row
                 row = slice(rows.start + i, rows.start + i + 1)
                 whole = self.read(row.start, row.stop)[..., :n_channels]
                 untouched[i] = no_data(whole, self._ends_empty(row, whole))[0, columns]
@@ -655,9 +656,9 @@ class Picture:
         return untouched
 
     def _ends_empty(self, rows, color):
-        """Return where the first and the last pixel of whole rows, and of those above and below, are empty.
+        """Return whether the first and last pixel of each row are empty, (n_rows + 2, 2) bool.
 
-        An (n_rows + 2, 2) bool ndarray; True for rows around these only if that matters.
+        The row above and the row below are included. These are only read if they can change the result.
         """
         (height, width, n_channels), ends = self.shape, is_empty(color[:, [0, -1]])
         around = np.zeros((2, 2), bool)
@@ -673,11 +674,11 @@ class Picture:
         return (self.mask.physical(values[..., :self.mask.shape[2]]) != 0).any(axis=2)
 
     def wcs(self):
-        """Return the astropy.wcs.WCS of its pixels, counted from 0; NotRegistered if there is none that can be used."""
+        """Return the astropy.wcs.WCS of its pixels, counted from 0. Raise RmgradientError if there is none."""
         raise NotRegistered('has no coordinates in the sky (WCS)')
 
     def physical(self, values):
-        """Return stored values as physical ones."""
+        """Return the physical values of stored values (BSCALE and BZERO of FITS)."""
         return values if (self.scale, self.zero) == (1, 0) else self.scale * np.asarray(values) + self.zero
 
     def each_strip(self, work, rows=ROWS):
@@ -686,28 +687,28 @@ class Picture:
 
     @functools.cached_property
     def tiles(self) -> Tiles:
-        """Medians of its tiles, see `sample_tiles`; sampled once."""
+        """Medians of its tiles, sampled once."""
         return sample_tiles(self)
 
     @functools.cached_property
     def stars(self) -> np.ndarray:
-        """Places of its brightest stars, see `find_stars`."""
+        """Coordinates of its brightest stars, (n_stars, 2), pixels."""
         return find_stars(self)
 
     @functools.cached_property
     def stars_of_middle(self) -> np.ndarray:
-        """Places of the brightest stars of the middle, of which each pixel is looked at."""
+        """Coordinates of the brightest stars in the middle, where each pixel is examined."""
         return find_stars(self, *(slice(max(0, n // 2 - BINNED // 2), min(n, n // 2 + BINNED // 2))
                                   for n in self.shape[:2]))
 
     @functools.cached_property
     def flipped(self) -> Picture:
-        """The same upside down."""
+        """The same picture upside down."""
         return Flipped(self)
 
     @functools.cached_property
     def masked_share(self) -> float:
-        """The part of its pixels that is masked."""
+        """The fraction of its pixels that is masked."""
         def masking(start, stop):
             return np.count_nonzero(self.is_masked(slice(start, stop), slice(0, self.shape[1])))
 
@@ -724,7 +725,7 @@ class Picture:
 
 
 def _bounds(index, n):
-    """Return the first and last pixel that an integer or a slice of an axis needs, and what takes it from these."""
+    """Return the range of pixels that an index of an axis needs, and the index inside of this range."""
     if isinstance(index, numbers.Integral):
         if not -n <= index < n:
             raise IndexError(f'row or column {index} of {n}')
@@ -748,7 +749,7 @@ class Flipped(Picture):
 
     @property
     def starmap(self):
-        """That of the other, which changes from picture to picture."""
+        """The starmap of the other picture, which changes during a run."""
         return self._picture.starmap
 
     def read(self, start, stop, left=0, right=None):
@@ -757,7 +758,7 @@ class Flipped(Picture):
 
 
 class ArrayPicture(Picture):
-    """A (height, width) or (height, width, n_channels) array; all channels are colors."""
+    """A (height, width) or (height, width, n_channels) array. All channels are colors."""
 
     def __init__(self, array):
         self._array, self.has_channels = array if array.ndim == 3 else array[..., None], array.ndim == 3
@@ -771,8 +772,8 @@ class ArrayPicture(Picture):
 def as_picture(image: ArrayLike | Picture, mask: ArrayLike | None = None) -> Picture:
     """Return a picture or an array as a Picture.
 
-    The mask is a (height, width) array, True where nothing is measured. That of a numpy.ma array, or of astropy's
-    CCDData, is added to it. Raises RmgradientError for what is no picture.
+    The mask is a (height, width) array, True where nothing is measured. The mask of a numpy.ma array or of astropy's
+    CCDData is added to it. Raises RmgradientError if the array is not a picture.
     """
     own = None
     if isinstance(image, np.ma.MaskedArray):
@@ -807,24 +808,24 @@ def as_picture(image: ArrayLike | Picture, mask: ArrayLike | None = None) -> Pic
                                   f'{picture.shape[1]} pixels')
         masks[i] = each.reshape(*each.shape[:2], -1).astype(bool).any(axis=2)
     if masks:
-        picture = copy.copy(picture)  # the caller's has no mask
+        picture = copy.copy(picture)  # so that the picture of the caller gets no mask
         for name, each in vars(Picture).items():
-            if isinstance(each, functools.cached_property):  # of the pixels without the mask
+            if isinstance(each, functools.cached_property):  # computed without the mask
                 vars(picture).pop(name, None)
         picture.mask = ArrayPicture(np.any(masks, axis=0))
     return picture
 
 
 def robust_std(errors):
-    """Return a standard deviation of each channel that a few large errors do not disturb."""
-    return 1.4826 * np.median(np.abs(errors), axis=0) + TINY  # the standard deviation of normal errors
+    """Return the standard deviation of each channel, estimated by the median absolute error."""
+    return 1.4826 * np.median(np.abs(errors), axis=0) + TINY  # 1.4826 for normal errors
 
 
 def is_color_mosaic(picture):
     """Whether the first channel has raw colors of a color filter array: its four sublattices differ.
 
-    Judged by the medians of the sublattices of 8 x 8 blocks of 32 x 32 pixels, in units of their standard errors;
-    those of gray pictures differ by 2.
+    Medians of the sublattices are compared in 8 x 8 blocks of 32 x 32 pixels, in units of their standard errors. In
+    gray pictures they differ by 2.
     """
     height, width, _ = picture.shape
     differences, side = [], min(32, height // 2 * 2, width // 2 * 2)
@@ -849,20 +850,20 @@ def row_groups(height, rows=ROWS):
 
 
 def no_data(rows, ends_empty):
-    """Find pixels of whole rows, (n_rows, width, n_channels), without data, as around a registered stack.
+    """Find pixels without data in whole rows, (n_rows, width, n_channels), for example around a registered stack.
 
-    Those, (n_rows, width) bool, are 0 or not finite in all channels, in a run along their row that touches the left or
-    the right border or has `LONG_RUN` pixels. Single black pixels are data, also at the border, if those above and
-    below are not black: see `Picture._ends_empty`, (n_rows + 2, 2) bool.
+    Returns (n_rows, width) bool. Pixels without data are 0 or not finite in all channels. They belong to a run along
+    their row that touches the left or the right border or has `LONG_RUN` pixels. A single black pixel at the border is
+    data if the pixels above and below are not black: see `Picture._ends_empty`, (n_rows + 2, 2) bool.
     """
     found = np.zeros(rows.shape[:2], bool)
-    # A long run holds two pixels side by side of those looked at here; so most rows cost a sixteenth of the work.
+    # Any long run has two neighbors of the pixels tested here. So most rows cost a sixteenth of the work.
     every = is_empty(rows[:, ::LONG_RUN // 2])
     some = ends_empty[1:-1].any(axis=1) | (every[:, 1:] & every[:, :-1]).any(axis=1)
     if some.any():
         empty = np.pad(is_empty(rows[some]), ((0, 0), (1, 1)))
         height, width = empty.shape
-        edges = np.flatnonzero(np.diff(empty.ravel().astype(np.int8)))  # of runs: before the first, and the last pixel
+        edges = np.flatnonzero(np.diff(empty.ravel().astype(np.int8)))  # pixel before each run, and its last pixel
         start, stop = edges[::2], edges[1::2]
         touches = np.stack([start % width == 0, stop % width == width - 2], axis=1)
         row = np.flatnonzero(some)[start // width]
@@ -881,14 +882,14 @@ def is_empty(rows):
 
 # ---- Tiles -----------------------------------------------------------------------------------------
 
-TILES, SAMPLES = 60, 16  # along the longer side; along a side of a tile
-CALM_TILES = 0.5  # part of the tiles that tell the noise of a pixel: others have structure
+TILES, SAMPLES = 60, 16  # tiles along the longer side of a picture; samples along a side of a tile
+CALM_TILES = 0.5  # fraction of the tiles that give the noise of a pixel: other tiles have structure
 
 
 class Tiles(NamedTuple):
     """Medians of the tiles of a picture. The outermost tiles touch the borders."""
 
-    medians: np.ndarray  # (n_down, n_across, n_channels), data units; NaN where less than half can be measured
+    medians: np.ndarray  # (n_down, n_across, n_channels), data units; NaN if less than half of the tile can be measured
     x: np.ndarray  # (n_across,): centers, pixels
     y: np.ndarray  # (n_down,)
     side: int  # pixels
@@ -896,13 +897,13 @@ class Tiles(NamedTuple):
 
 
 def sample_tiles(picture):
-    """Return the Tiles of a picture. Memory: its samples, at most 960 x 960 pixels."""
+    """Return the Tiles of a picture. Memory: at most 960 x 960 samples."""
     height, width, n_channels = picture.shape
     side = min(max(8, round(max(height, width) / TILES)), height, width)
     tops, lefts = (np.round(np.linspace(0, n - side, max(1, n // side))).astype(int) for n in (height, width))
     inside = np.unique(np.round(np.linspace(0, side - 1, min(side, SAMPLES))).astype(int))
     columns = (lefts[:, None] + inside).ravel()
-    # Some rows side by side cost less than single ones: 240 instead of 960 windows are read.
+    # Reading four neighboring rows at once is faster than single rows: 240 windows instead of 960.
     n_together = min(4, len(inside))
     rows = np.unique(np.round(np.linspace(0, side - n_together, len(inside) // n_together)).astype(int))
 
@@ -919,7 +920,7 @@ def sample_tiles(picture):
     lower, medians, upper = np.moveaxis(found, 2, 0)
     deviation = ((upper - lower) / 1.349).reshape(-1, n_channels)  # of normal noise
     deviation = np.sort(deviation[np.isfinite(deviation).all(axis=1)], axis=0)
-    # A mean, since quartiles of integers are integers.
+    # The mean: quartiles of integers are integers.
     calm = deviation[:math.ceil(CALM_TILES * len(deviation))]
     noise = calm.mean(axis=0) if len(calm) else np.zeros(n_channels)
     middle = (side - 1) / 2
@@ -927,9 +928,9 @@ def sample_tiles(picture):
 
 
 def quartiles(values, usable):
-    """Return lower quartile, median, upper quartile, (n_tiles, 3, n_channels), of (n_tiles, n_channels, n) values.
+    """Return lower quartile, median and upper quartile, (n_tiles, 3, n_channels), of (n_tiles, n_channels, n) values.
 
-    Of the usable ones, (n_tiles, n) bool; NaN if these are less than half.
+    Only usable values count, (n_tiles, n) bool. If less than half are usable, the result is NaN.
     """
     n = values.shape[2]
     kth = [n // 4, n // 2, n - 1 - n // 4]
@@ -942,47 +943,47 @@ def quartiles(values, usable):
 
 # ---- Levels --------------------------------------------------------------------------------------
 
-CLIP = 4.0  # deviations from the median of a window: with 2.5, drawn skies are off by 8 % more
-LEAST_SHARE = 0.5  # of the weight of a window that has to be on usable pixels
-BLOCKS = 7  # along a side of a window: with 3, the noise of a nebula is three times too large
-CALM = 0.25  # quantile of what blocks scatter more: with the median, structure is taken for noise
+CLIP = 4.0  # standard deviations from the median of a window: with 2.5, errors on drawn skies are 8 % larger
+LEAST_SHARE = 0.5  # fraction of the weight of a window that must be on usable pixels
+BLOCKS = 7  # blocks along a side of a window: with 3, the noise on a nebula is three times too large
+CALM = 0.25  # quantile of the excess scatter of blocks: with the median, structure would count as noise
 
 
 class Chosen(NamedTuple):
     """How points were chosen automatically."""
 
-    n_given: int  # certain points, which come first
+    n_given: int  # points of the user, which come first
     n_places: int  # quiet places to choose from
     agree: bool  # whether these agree on one smooth surface
 
 
 class Measured(NamedTuple):
-    """What was measured at points."""
+    """Levels of the background at points, and their noise."""
 
     points: Points
-    levels: np.ndarray  # (n_points, n_channels), data units; on an isoline those of its leader
-    noise: np.ndarray  # (n_points, n_channels): standard errors of the levels
-    chosen: Chosen | None = None  # None for points that were all given
-    reference: ReferenceLevels | None = None  # at the same points, if there is a reference
+    levels: np.ndarray  # (n_points, n_channels), data units; points on an isoline have the level of its leader
+    noise: np.ndarray  # (n_points, n_channels): standard errors of the levels, data units
+    chosen: Chosen | None = None  # None if all points were given
+    reference: ReferenceLevels | None = None  # levels of a reference at the same points
 
     def subset(self, kept):
-        """Return what was measured at some of the points, (n_points,) bool."""
+        """Return the levels of the points where kept, (n_points,) bool, is True."""
         reference = self.reference and self.reference.subset(kept)
         return self._replace(points=self.points.subset(kept), levels=self.levels[kept], noise=self.noise[kept],
                              reference=reference)
 
 
 class ReferenceLevels(NamedTuple):
-    """Levels of a reference at points, in its own units; it has the channels of the picture, or one."""
+    """Levels of a reference at points, in its own units. It has the channels of the picture, or one."""
 
-    levels: np.ndarray  # (n_points, n_channels)
-    plain: np.ndarray  # the same with the light of stars
-    ours: np.ndarray  # (n_points, n_channels) levels of the picture, with the light of stars
-    zero: np.ndarray  # (n_channels,) from which its light is counted: does not depend on the points
-    is_same_type: bool = False  # as the picture
-    n_lost: int = 0  # given points that can't be measured on it
-    lost: np.ndarray = np.empty((0, 2))  # (n_lost, 2): all places that can't be, x and y
-    where: str = ''  # how it lies on the picture, in words
+    levels: np.ndarray  # (n_points, n_channels), without stars
+    plain: np.ndarray  # the same with stars
+    ours: np.ndarray  # (n_points, n_channels): levels of the picture with stars, data units
+    zero: np.ndarray  # (n_channels,): level of the reference without light; does not depend on the points
+    is_same_type: bool = False  # the reference has the type of the picture
+    n_lost: int = 0  # points of the user that cannot be measured on the reference
+    lost: np.ndarray = np.empty((0, 2))  # (n, 2): all places that cannot be measured on it, x and y
+    where: str = ''  # position of the reference on the picture, as text
 
     def subset(self, kept):
         """Return the levels of some of the points, (n_points,) bool."""
@@ -990,35 +991,35 @@ class ReferenceLevels(NamedTuple):
 
 
 def without_trend(values, terms):
-    """Return what is left of (n_points, n) values at right angles to orthonormal terms."""
+    """Return (n_points, n) values minus their projection on orthonormal terms."""
     return values - terms @ (terms.T @ values)
 
 
 def medians(values):
-    """Return the median of each row of finite values, in half of the time of numpy's."""
+    """Return the median of each row of finite values, in half the time of numpy.median."""
     n = values.shape[1]
     middle = np.partition(values, [(n - 1) // 2, n // 2], axis=1)
     return (middle[:, (n - 1) // 2] + middle[:, n // 2]) / 2
 
 
 def blur_kernel(sigma):
-    """Return the (2 * radius + 1,) weights, of sum 1, of a Gaussian cut off at radius = ceil(3 sigma)."""
+    """Return the (2 * radius + 1,) weights of a Gaussian, cut off at radius = ceil(3 sigma). Their sum is 1."""
     radius = math.ceil(3 * sigma)
     kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     return kernel / kernel.sum()
 
 
 class Window(NamedTuple):
-    """What a window around a point tells, (n_channels,) each, in data units."""
+    """Level and noise of a window around a point, (n_channels,) each, in data units."""
 
     level: np.ndarray
-    noise: np.ndarray  # standard error of the level, if pixels are independent
-    by_blocks: np.ndarray  # the same, as the scatter of blocks of pixels tells; 0 if that is not known
+    noise: np.ndarray  # standard error of the level for independent pixels
+    by_blocks: np.ndarray  # standard error estimated from blocks of pixels; 0 if unknown
 
 
 def measure_levels(image: ArrayLike | Picture, points: ArrayLike | Points, sigma: float = SIGMA,
                    robust: bool = True) -> Measured:
-    """Measure the blurred value of each channel at each point.
+    """Measure the blurred color at each point.
 
     Parameters
     ----------
@@ -1026,20 +1027,20 @@ def measure_levels(image: ArrayLike | Picture, points: ArrayLike | Points, sigma
         Only the windows around the points are read, from top to bottom.
     points : Points, or (n_points, 2) array_like, see `make_points`
     sigma : float
-        Standard deviation of the Gaussian blur in pixels; see `blur_kernel`.
+        Standard deviation of the Gaussian blur in pixels. The Gaussian is cut off at ceil(3 sigma).
     robust : bool
-        True: values that are more than `CLIP` deviations from the median of the window, as those of stars, are
-        left out. False: the plain blur, as the classic model has it.
+        True: leave out values more than four standard deviations from the median of the window, for example stars.
+        False: the plain blur of the classic model.
 
     Returns
     -------
     Measured
-        Weighted means of the usable pixels of each window, and their standard errors, see `measured_from`.
+        Weighted means of the usable pixels around each point, and their standard errors.
 
     Raises
     ------
     RmgradientError
-        If a point is outside; or if a measured one is masked, so close to the border that the blur reaches it, or has
+        If a point is outside the picture. If a measured point is masked, within ceil(3 sigma) of the border, or has
         less than half of its weight on usable pixels.
     """
     points = as_points(points)
@@ -1051,14 +1052,14 @@ def measure_levels(image: ArrayLike | Picture, points: ArrayLike | Points, sigma
 
 
 def windows_of(picture, points, sigma, robust):
-    """Return {index: Window} of points that are not on an isoline, from top to bottom; Unusable if it has none."""
+    """Return {index: Window} of the measured points, from top to bottom. The Window can be an Unusable instead."""
     kernel = blur_kernel(sigma)
     check_points(points, *picture.shape[:2], len(kernel) // 2)
     return measure_each(points, lambda i: measure_window(picture, (points.x[i], points.y[i]), kernel, robust))
 
 
 def measure_each(points, measure):
-    """Return {index: measure(index)} of points that are not on an isoline, from top to bottom; Unusable if it fails."""
+    """Return {index: measure(index)} of the measured points, from top to bottom. Keep errors that are Unusable."""
     found = {}
     for i in np.lexsort([points.x, points.y]):
         if not points.on_isoline[i]:
@@ -1070,15 +1071,15 @@ def measure_each(points, measure):
 
 
 def measured_from(points, windows):
-    """Return Measured of points, from the Window of each that is not on an isoline, {index: Window}.
+    """Return Measured of points, from the Window of each measured point, {index: Window}.
 
-    Noise that is correlated, as in denoised or drizzled pictures, and stars too faint to be seen make blocks of pixels
-    scatter more than single pixels suggest, in all windows; structure does so in some. So all noise is multiplied by
-    what blocks scatter more in the calmer windows: the lower quartile of all points.
+    Blocks of pixels can scatter more than single pixels suggest. Correlated noise (denoised or drizzled pictures) and
+    faint stars cause this in all windows, structure only in some. So the noise of all levels is multiplied by the
+    excess scatter of the calmer windows, the lower quartile.
     """
     level, noise, by_blocks = (np.array([getattr(windows[i], name) for i in points.leader]) for name in Window._fields)
     largest = np.abs(level).max()
-    if largest and not 1e-140 < largest < 1e140:  # squares of others are no numbers
+    if largest and not 1e-140 < largest < 1e140:  # squares would overflow or vanish
         raise RmgradientError(f'levels up to {largest:.3g} are not from 1e-140 to 1e140; '
                               'multiply the picture by a power of ten')
     measured = ~points.on_isoline
@@ -1087,7 +1088,7 @@ def measured_from(points, windows):
 
 
 def measure_window(picture, place, kernel, robust):
-    """Return the Window of a picture around a place (x, y); Unusable says why there is none."""
+    """Return the Window of a picture around a place (x, y). Raise Unusable if it cannot be measured."""
     rows, columns = _around(picture, place, kernel)
     window = _robust_window if robust else _plain_window
     with np.errstate(invalid='ignore', over='ignore'):
@@ -1097,7 +1098,7 @@ def measure_window(picture, place, kernel, robust):
 
 
 def _around(picture, place, kernel):
-    """Return the slices of rows and columns that a kernel reaches around a place (x, y); Unusable if it is masked."""
+    """Return the rows and columns that a kernel covers around a place (x, y), as slices. Raise Unusable if masked."""
     (x, y), radius = place, len(kernel) // 2
     at = slice(int(y), int(y) + 1), slice(int(x), int(x) + 1)
     if picture.mask is not None and picture.is_masked(*at).any():
@@ -1115,9 +1116,9 @@ def check_window(share, window, kernel):
 
 
 def _plain_window(picture, rows, columns, kernel):
-    """Return the share of the weight on usable pixels, and a Window of their mean; memory: 100 rows in float64."""
+    """Return the share of the weight on usable pixels, and a Window of their mean. Memory: 100 rows in float64."""
     squares = kernel**2
-    # A Gaussian separates. Sums of rows: of the values, with squared weights of them and their squares, of weights.
+    # The Gaussian is separable. First along x: sums of values; with squared weights, of values and of their squares.
     sums, weights = np.zeros((3, len(kernel), picture.shape[2])), np.zeros((2, len(kernel)))
     for start, stop in row_groups(len(kernel)):
         values, usable = picture.usable(slice(rows.start + start, rows.start + stop), columns)
@@ -1134,13 +1135,13 @@ def _plain_window(picture, rows, columns, kernel):
 
 
 def _robust_window(picture, rows, columns, kernel):
-    """Return the share of the weight on usable pixels, and a Window of the mean of those that are no outliers."""
+    """Return the share of the weight on usable pixels, and a Window of their mean without outliers."""
     values, usable, kernel = _read_window(picture, rows, columns, kernel)
     return _mean_of(values, usable, usable & _is_near_median(values, usable), kernel)
 
 
 def _read_window(picture, rows, columns, kernel):
-    """Return (n_channels, n, n) float64 values, (n, n) usable, and the kernel; some 512 x 512 of large windows."""
+    """Return (n_channels, n, n) float64 values, (n, n) usable, and the kernel. Large windows: 512 x 512 samples."""
     step = max(1, len(kernel) // 512)
     if step == 1:
         values, usable = picture.usable(rows, columns)
@@ -1153,18 +1154,18 @@ def _read_window(picture, rows, columns, kernel):
 
 
 def _is_near_median(values, usable):
-    """Return where (n_channels, n, n) values are within `CLIP` deviations of the median of the usable ones, bool."""
+    """Return where (n_channels, n, n) values are within `CLIP` deviations of the median of the usable values, bool."""
     data = values.reshape(len(values), -1) if usable.all() else values[:, usable]
     if not data.size:
         return np.zeros(values.shape, bool)
     median = medians(data)[:, None]
     reach, median = CLIP * 1.4826 * medians(np.abs(data - median))[:, None, None], median[..., None]
-    # More than half of the pixels of drawn pictures are the same: no outlier can be told.
+    # If more than half of the pixels are equal, as in drawn pictures, all values are kept.
     return (np.abs(values - median) <= reach) | (reach == 0)
 
 
 def _mean_of(values, usable, kept, kernel):
-    """Return the share of the weight on usable pixels, and a Window of the mean of those kept, as in `_read_window`."""
+    """Return the share of the weight on usable pixels, and a Window of the mean where kept, as in `_read_window`."""
     weights = kernel[:, None] * kernel
     share = weights.sum(where=usable)
     if share < LEAST_SHARE:
@@ -1177,10 +1178,10 @@ def _mean_of(values, usable, kept, kernel):
 
 
 def noise_of_blocks(values, weights, kernel, level):
-    """Return the standard error of a level, (n_channels,), as `BLOCKS` x `BLOCKS` blocks of its window tell.
+    """Estimate the standard error of a level, (n_channels,), from `BLOCKS` x `BLOCKS` blocks of its window.
 
-    Takes (n_channels, n, n) values and weights. Less their plane, which is no noise, the means of blocks scatter as
-    their number of independent pixels has it; 0 for windows too small for blocks of two pixels.
+    Takes (n_channels, n, n) values and weights. A plane is subtracted from the means of the blocks, since a glow is not
+    noise. Their scatter includes correlated noise. Returns 0 if blocks would have less than two pixels a side.
     """
     if len(kernel) < 2 * BLOCKS:
         return np.zeros_like(level)
@@ -1195,7 +1196,10 @@ def noise_of_blocks(values, weights, kernel, level):
 
 @functools.lru_cache
 def _blocks_of(kernel_bytes):
-    """Return the first pixel of each block of a side, the roots of their weights, and orthonormal terms of a plane."""
+    """Return the first pixel of each block along a side, square roots of block weights, and terms of a plane.
+
+    The terms are orthonormal, (n_blocks, 3).
+    """
     kernel = np.frombuffer(kernel_bytes)
     edges = np.round(np.linspace(0, len(kernel), BLOCKS + 1)).astype(int)[:-1]
     middle = np.add.reduceat(np.arange(len(kernel)), edges) / np.diff([*edges, len(kernel)]) - len(kernel) / 2
@@ -1207,14 +1211,14 @@ def _blocks_of(kernel_bytes):
 
 # ---- Choice of the model -------------------------------------------------------------------------
 
-SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the distance between points
+SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the average distance between points
 SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
-LEAST_PLACES = 8  # that a model is chosen from
-EXACT = 1e-3  # noises of levels: residuals below are none
-# Relative extent of centers across: where these all but lie on a line, a plane is level across it, unless more of them
-# show the tilt, as in a frame of 20000 x 60 pixels.
+LEAST_PLACES = 8  # points for automatic points or a tilted plane
+EXACT = 1e-3  # noises of levels: smaller residuals count as zero
+# Width of the points over their length. Points closer to a line give a plane no tilt across it. The 'tilted plane'
+# allows more, for example in a frame of 20000 x 60 pixels.
 LEAST_ACROSS = {'plane': 0.01, 'tilted plane': 1e-5}
-MOST_TILTED = 0.5  # of the squared errors of others: a tilt that few pixels across show has to be clear
+MOST_TILTED = 0.5  # a tilted plane must reduce the squared errors by this factor
 
 
 def distances_between(a, b):
@@ -1223,31 +1227,31 @@ def distances_between(a, b):
 
 
 def distances_from(centers, some):
-    """Return the (n_places,) distances of places from the nearest of some of them, (n_places,) bool."""
+    """Return the (n_places,) distances of places from the nearest one where some, (n_places,) bool, is True."""
     return distances_between(centers, centers[some]).min(axis=1, initial=np.inf)
 
 
 def distances_among(places):
-    """Return the (n_places, n_places) distances between places, infinite from each to itself."""
+    """Return the (n_places, n_places) distances between places, infinite on the diagonal."""
     distances = distances_between(places, places)
     np.fill_diagonal(distances, np.inf)
     return distances
 
 
 def average_spacing(centers):
-    """Return the average distance between (n_points, 2) points in their box, scipy's default epsilon."""
+    """Return the average distance between (n_points, 2) points in their bounding box: scipy's default epsilon."""
     edges = np.ptp(centers, axis=0)
     edges = edges[edges > 0]
     return (edges.prod() / len(centers)) ** (1 / len(edges))
 
 
 def multiquadric(distances, epsilon):
-    """Return the multiquadric of distances, as scipy's Rbf has it."""
+    """Return the multiquadric of distances, as in scipy's Rbf."""
     return np.sqrt((distances / epsilon) ** 2 + 1)
 
 
 def trend_terms(places, centers, trend):
-    """Return the (n_places, n_terms) values of a trend's terms, which are orthonormal over the centers."""
+    """Return the (n_places, n_terms) terms of a trend. They are orthonormal over the centers."""
     constant = np.full((len(places), 1), len(centers) ** -0.5)
     if trend == 'mean':
         return constant
@@ -1258,30 +1262,30 @@ def trend_terms(places, centers, trend):
 
 
 class AdaptiveModel(NamedTuple):
-    """A trend and a multiquadric as chosen and solved, and how well they predict each point from the others."""
+    """The chosen trend and multiquadric, solved, with their leave-one-out errors."""
 
     trend: str  # 'mean' or a kind of plane, see `LEAST_ACROSS`
     epsilon: float  # shape of the multiquadric, in pixels
     smooth: float  # scipy's smoothness
-    plane: np.ndarray | None  # (3, n_channels): coefficients 1, x and y of the trend; None after `without_points`
-    weights: np.ndarray  # (n_points, n_channels): of the multiquadric, data units
-    precision: np.ndarray  # (n_points, n_points): inverse of -kernel + smooth at right angles to the trend
+    plane: np.ndarray | None  # (3, n_channels): coefficients of 1, x and y of the trend; None after `without_points`
+    weights: np.ndarray  # (n_points, n_channels) of the multiquadric, data units
+    precision: np.ndarray  # (n_points, n_points): inverse of -kernel + smooth in the space orthogonal to the trend
     leader: np.ndarray  # (n_points,): equal for points that share a level
-    errors: np.ndarray  # (n_points, n_channels): see `left_out_errors`
-    standardized: np.ndarray  # in units of the standard deviation that the model expects
+    errors: np.ndarray  # (n_points, n_channels): level minus prediction from the points with other levels, data units
+    standardized: np.ndarray  # errors over the standard deviation that the model expects
 
 
 class _Trend(NamedTuple):
-    """A trend, and what it leaves of the levels."""
+    """A trend, and the residuals of the levels about it."""
 
     name: str
     terms: np.ndarray  # (n_points, n_terms), orthonormal
     residuals: np.ndarray  # (n_points, n_channels); those below rounding error count as zero
-    is_rough: np.ndarray  # (n_channels,): has residuals
+    is_rough: np.ndarray  # (n_channels,) bool: the channel has residuals
 
 
 class _Spectrum(NamedTuple):
-    """The multiquadric of a shape between points, decomposed at right angles to the constant."""
+    """Eigenvalues of the multiquadric kernel in the space orthogonal to the constant."""
 
     epsilon: float
     eigenvalues: np.ndarray  # (n_points - 1,), of -kernel
@@ -1289,28 +1293,29 @@ class _Spectrum(NamedTuple):
 
 
 def choose_model(points, levels, least_error=0.0):
-    """Choose the trend, shape and smoothness that predict levels best where there are none, and solve the model.
+    """Choose the trend, shape and smoothness that predict the background best between the points. Solve the model.
 
-    Takes Points and their (n_points, n_channels) levels. Residuals up to a least error count as zero, (n_channels,) in
-    data units. Returns one AdaptiveModel for all channels, so that colors stay together. If points have a least shape,
-    the surface is stiff.
+    Takes Points and their (n_points, n_channels) levels. Residuals up to least_error, (n_channels,) in data units,
+    count as zero. Returns one AdaptiveModel for all channels, so that colors stay together. If the points have a least
+    shape, the surface is stiff.
 
-    With trend P and kernel matrix A of the multiquadric, weights w and trend b solve `(A - smooth) w + P b =
-    levels` under `P' w = 0`: the trend takes all it can, and what is left to the multiquadric is a well-posed
-    problem, since -A is positive definite at right angles to P (Micchelli 1986, Constructive Approximation 2,
-    11).
+    With trend P and kernel matrix A of the multiquadric, weights w and trend coefficients b solve
 
-    The same equations are those of kriging: a random field of covariance -A about the trend, seen through
-    noise of variance `smooth`. Shape and smoothness are those that make the levels most likely, whatever
-    the trend is (restricted maximum likelihood; Wahba 1990, Spline Models for Observational Data, section
-    4.8). With a dozen noisy points this is steadier than leave-one-out errors, which sometimes prefer a bold
-    surface by chance. Likelihoods of different trends cannot be compared, so the trend is chosen by
-    leave-one-out errors (`left_out_errors`).
+        (A - smooth) w + P b = levels,    P' w = 0.
+
+    The trend explains as much as it can. The multiquadric explains the residuals. This is well-posed, since -A is
+    positive definite in the space orthogonal to P (Micchelli 1986, Constructive Approximation 2, 11).
+
+    These equations are also those of kriging: a random field of covariance -A about the trend, with noise of variance
+    `smooth`. Shape and smoothness maximize the restricted likelihood of the levels (Wahba 1990, Spline Models for
+    Observational Data, section 4.8). With a dozen noisy points this is more stable than leave-one-out errors, which
+    sometimes prefer a rough surface by chance. Likelihoods of different trends cannot be compared. So leave-one-out
+    errors choose the trend (`left_out_errors`).
     """
     problem = points.centers, levels, points.leader
     rounding = np.maximum(1e-10 * np.abs(levels).max(axis=0), least_error)
     scale = levels.std(axis=0) + rounding + TINY
-    # Three places can't judge a plane: it goes through all of them, without an error, and is chosen.
+    # A plane through three points has no errors, and is chosen.
     with one_blas_thread:
         return min(_likeliest_of_each_trend(problem, rounding, points.least_shape),
                    key=lambda model: ((model.errors / scale) ** 2).mean()
@@ -1318,10 +1323,9 @@ def choose_model(points, levels, least_error=0.0):
 
 
 def _likeliest_of_each_trend(problem, rounding, least_shape):
-    """Return an AdaptiveModel for each trend; residuals below the rounding error of a channel count as zero.
+    """Return an AdaptiveModel for each trend. Residuals below the rounding error of a channel count as zero.
 
-    In the eigenvectors of -A at right angles to the mean, every smoothness and every trend cost a few sums:
-    one decomposition a shape serves them all.
+    One eigendecomposition of -A for each shape is enough. With it, each smoothness and each trend cost a few sums.
     """
     centers, levels, _ = problem
     distances, spacing = distances_between(centers, centers), average_spacing(centers)
@@ -1339,11 +1343,11 @@ def _likeliest_of_each_trend(problem, rounding, least_shape):
         trends.append(_Trend(name, terms, residuals * is_rough, is_rough))
 
     def judge(epsilon):
-        """Return a spectrum, and for each trend how unlikely it makes the levels, and its smoothness."""
+        """Return a spectrum, and for each trend its negative log-likelihood and its smoothness."""
         spectrum = _decompose(multiquadric(distances, epsilon), epsilon)
         return spectrum, [_likeliest(spectrum, smoothness, trend) for trend in trends]
 
-    # Without residuals every shape and smoothness is the same.
+    # Without residuals, shape and smoothness do not matter.
     nothing = _Spectrum(shapes[0], np.zeros(len(centers) - 1), np.zeros((len(centers), len(centers) - 1)))
     best = [(math.inf, 1.0, nothing) for _ in trends]
     if any(trend.is_rough.any() for trend in trends):
@@ -1355,7 +1359,7 @@ def _likeliest_of_each_trend(problem, rounding, least_shape):
 def _decompose(kernel, epsilon):
     """Return the _Spectrum of a (n_points, n_points) kernel of some shape."""
     means = kernel.mean(axis=0)
-    # The constant itself gets an eigenvalue above all others, to be cut off.
+    # The constant gets an eigenvalue above all others, and is cut off.
     matrix = means[:, None] + means - kernel
     matrix += 2 * means.max() - means.mean()
     eigenvalues, vectors = np.linalg.eigh(matrix)
@@ -1363,11 +1367,11 @@ def _decompose(kernel, epsilon):
 
 
 def _likeliest(spectrum, smoothness, trend):
-    """Return how unlikely the residuals of a trend are with the best smoothness, and that smoothness.
+    """Return the negative log-likelihood of the residuals of a trend with the best smoothness, and that smoothness.
 
-    Generalized least squares takes out the trend's terms beside the mean: with variance v along the
-    eigenvectors, X the terms and r the residuals there, H = X' X / v and b = X' r / v, the misfit r' r / v
-    loses b' H^-1 b, and the determinant of v gains that of H.
+    Generalized least squares removes the terms of the trend other than the mean. Let v be the variance along the
+    eigenvectors, X the terms and r the residuals there, H = X' X / v and b = X' r / v. Then the misfit r' r / v
+    becomes smaller by b' H^-1 b, and the determinant of v is multiplied by that of H.
     """
     if not trend.is_rough.any():
         return math.inf, 1.0
@@ -1379,15 +1383,15 @@ def _likeliest(spectrum, smoothness, trend):
     unlikely = np.log(variance).sum(axis=1) + np.linalg.slogdet(h)[1]
     n_free = len(trend.terms) - trend.terms.shape[1]
     unlikely = residuals.shape[1] * unlikely + n_free * np.log(misfit).sum(axis=1)
-    unlikely = np.round(unlikely, 9)  # four points and a plane say nothing about either: the first of equals
+    unlikely = np.round(unlikely, 9)  # four points and a plane do not depend on it: take the first
     i = unlikely.argmin()
     return unlikely[i], smoothness[i]
 
 
 def _solve(problem, trend, smooth, spectrum):
-    """Return the AdaptiveModel of a trend with a smoothness and the _Spectrum of a shape.
+    """Return the AdaptiveModel of a trend, a smoothness and the _Spectrum of a shape.
 
-    The problem is centers, levels and leader as in `choose_model`.
+    The problem is a tuple of centers, levels and leader as in `choose_model`.
     """
     centers, levels, leader = problem
     terms, residuals = trend.terms, trend.residuals
@@ -1399,7 +1403,7 @@ def _solve(problem, trend, smooth, spectrum):
         precision = np.eye(len(centers))
     kernel = multiquadric(distances_between(centers, centers), spectrum.epsilon)
     weights = np.zeros_like(levels)
-    for _ in range(2):  # the second time refines what rounding left of the residuals
+    for _ in range(2):  # the second pass removes rounding errors of the first
         weights = without_trend(weights - precision @ residuals, terms)
         trend_levels = levels - (kernel @ weights - smooth * weights)
         residuals = without_trend(trend_levels, terms) * trend.is_rough
@@ -1412,14 +1416,15 @@ def _solve(problem, trend, smooth, spectrum):
 
 
 def left_out_errors(weights, precision, leader):
-    """Return level minus prediction from the points with other levels, in data units and standardized.
+    """Return leave-one-out errors, in data units and standardized, (n_points, n_channels) each.
 
-    Arguments as in `AdaptiveModel`; both (n_points, n_channels), the latter in units of the standard deviation
-    that the model expects, up to a common factor. With precision G, the errors of points i left out
-    together are `-G_ii^-1 w_i`: no model needs to be fitted anew (Rippa 1999, Advances in Computational
-    Mathematics 11, 193, for single points).
+    The error is level minus prediction from the points with other levels. The standardized error is the error over the
+    standard deviation that the model expects, up to a common factor. Arguments as in `AdaptiveModel`.
+
+    With precision G, the errors of points i that are left out together are `-G_ii^-1 w_i`. So no model needs to be
+    fitted again (Rippa 1999, Advances in Computational Mathematics 11, 193, for single points).
     """
-    # A point without which the others do not determine the trend can't be judged, and gets no error.
+    # If the other points do not determine the trend, a point cannot be judged, and its error is 0.
     diagonal = np.diag(precision)
     judged = diagonal > 1e-12 * diagonal.max()
     variance = np.where(judged, 1 / np.where(judged, diagonal, 1), 0)[:, None]
@@ -1434,11 +1439,11 @@ def left_out_errors(weights, precision, leader):
 
 
 def krige(model, centers, places):
-    """Return the weights of (n_centers, 2) centers in predictions at (n_places, 2) places, and the variance of these.
+    """Return the weights of the centers in predictions at (n_places, 2) places, and the variance of the predictions.
 
-    The former is (n_centers, n_places). The equations of `choose_model` are those of kriging, and give the variance of
-    the surface, (n_places,), in the units of standardized errors (Cressie 1993, Statistics for Spatial Data, section
-    3.4); a level has `model.smooth` more.
+    The weights are (n_centers, n_places). The variance of the surface is (n_places,), in the units of standardized
+    errors. The variance of a level is larger by `model.smooth`. The equations of `choose_model` are those of kriging
+    (Cressie 1993, Statistics for Spatial Data, section 3.4).
     """
     n_centers = len(centers)
     inside, at = (np.hstack([multiquadric(distances_between(where, centers), model.epsilon),
@@ -1451,8 +1456,8 @@ def krige(model, centers, places):
 
 
 def without_points(model, out):
-    """Return an AdaptiveModel without some points, (n_points,) bool: trend, shape and smoothness stay."""
-    # Schur's complement costs less than to solve the equations anew.
+    """Return an AdaptiveModel without some points, (n_points,) bool, with the same trend, shape and smoothness."""
+    # Schur's complement is faster than to solve the equations again.
     corner = model.precision[np.ix_(~out, out)]
     share = corner @ np.linalg.pinv(model.precision[np.ix_(out, out)], hermitian=True)
     weights, leader = model.weights[~out] - share @ model.weights[out], model.leader[~out]
@@ -1463,40 +1468,40 @@ def without_points(model, out):
 
 # ---- Model and fit ---------------------------------------------------------------------------------------
 
-BLOCK = 2**17  # float64 values at a time: fewer make threads wait for the interpreter, more leave the cache
+BLOCK = 2**17  # float64 values: with fewer, threads wait for the interpreter; with more, they leave the cache
 
 
 class BackgroundModel(NamedTuple):
     """A fitted background: a plane plus a multiquadric for each channel."""
 
-    centers: np.ndarray  # (n_points, 2): where the multiquadrics stand, x and y, in pixels
+    centers: np.ndarray  # (n_points, 2): centers of the multiquadrics, x and y, in pixels
     weights: np.ndarray  # (n_points, n_channels), in data units
     epsilon: float  # shape of the multiquadric, in pixels
     plane: np.ndarray  # (3, n_channels): coefficients of 1, x and y
 
     @property
     def n_channels(self) -> int:
-        """How many channels it has."""
+        """Number of channels."""
         return self.plane.shape[1]
 
     def above(self, sky: np.ndarray) -> BackgroundModel:
-        """Return the model less the (n_channels,) level of the sky: what is subtracted."""
+        """Return the model minus the (n_channels,) sky level: the values to subtract."""
         return self._replace(plane=self.plane - [sky, 0 * sky, 0 * sky])
 
     def shrunk(self, factor: int, left: int = 0, top: int = 0) -> BackgroundModel:
-        """Return the model in pixels that are factor times as large, of the window from column left and row top on."""
-        first = np.array([left, top]) + (factor - 1) / 2  # middle of the pixels that become the first one
+        """Return the model of a window that begins at (left, top), in pixels that are factor times as large."""
+        first = np.array([left, top]) + (factor - 1) / 2  # middle of the first large pixel
         constant, slope = self.plane[0], self.plane[1:]
         plane = np.vstack([constant + first @ slope, factor * slope])
         centers = (self.centers - first) / factor
         return self._replace(centers=centers, epsilon=self.epsilon / factor, plane=plane)
 
     def blocks(self, start: int, stop: int, width: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
-        """Yield slices of rows, counted from start, and of columns, and the background there.
+        """Yield slices of rows (counted from start) and columns, and the background there, float64 in data units.
 
-        The surface is evaluated at Chebyshev nodes (see `chebyshev_panels`) and expanded to pixels by two
-        matrix products, first along x, then along y. Memory: 8 bytes x n_channels x width x (nodes along
-        y), and one block, 1 MB unless a single column of the rows is more.
+        The surface is evaluated at Chebyshev nodes, and interpolated by two matrix products, first along x, then along
+        y. Memory: 8 bytes x n_channels x width x (nodes along y), and one block. A block has 1 MB, or a single column
+        of the rows if that is more.
         """
         for top, y_matrix, along_x in self._panels(start, stop, width):
             n_rows = len(y_matrix)
@@ -1507,14 +1512,14 @@ class BackgroundModel(NamedTuple):
                 yield slice(top, top + n_rows), columns, background.reshape(n_rows, -1, self.n_channels)
 
     def evaluate(self, start: int, stop: int, width: int) -> np.ndarray:
-        """Return rows start to stop - 1, (stop - start, width, n_channels) float64, in data units."""
+        """Return the background of rows start to stop - 1, (stop - start, width, n_channels) float64, data units."""
         background = np.empty((stop - start, width, self.n_channels))
         for rows, columns, block in self.blocks(start, stop, width):
             background[rows, columns] = block
         return background
 
     def _panels(self, start, stop, width):
-        """Yield top and matrix of each panel of rows, and (n_nodes, width, n_channels) values at nodes."""
+        """Yield first row and matrix of each panel of rows, and (n_nodes, width, n_channels) values at its nodes."""
         x_nodes, x_matrix = chebyshev_panels(width, self.epsilon)
         y_nodes, y_matrix = chebyshev_panels(stop - start, self.epsilon)
         for top, nodes in zip(range(0, stop - start, len(y_matrix)), start + y_nodes):
@@ -1523,7 +1528,7 @@ class BackgroundModel(NamedTuple):
             yield top, y_matrix[:stop - start - top], np.ascontiguousarray(along_x.transpose(1, 0, 2))
 
     def at_grid(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Return the background at a grid of places, (len(y), len(x), n_channels), in data units."""
+        """Return the background on a grid, (len(y), len(x), n_channels) float64, in data units."""
         return self._at_nodes(x, y).transpose(1, 0, 2)
 
     def _at_nodes(self, x, y):
@@ -1544,19 +1549,18 @@ class BackgroundModel(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def chebyshev_panels(n_pixels, epsilon):
-    """Place nodes from which a multiquadric of shape epsilon is known at every pixel of a line, to rounding.
+    """Place nodes from which a multiquadric of shape epsilon can be interpolated at each pixel of a line.
 
-    Returns (n_panels, n_nodes) positions relative to the first pixel, and the (n_panel_pixels, n_nodes)
-    matrix that takes values at the nodes of a panel to values at its pixels. The panels are equally long;
-    the last one may end behind the line.
+    Returns (n_panels, n_nodes) positions relative to the first pixel, and a (n_panel_pixels, n_nodes) matrix. The
+    matrix maps values at the nodes of a panel to values at its pixels, exact to rounding. The panels have equal
+    lengths. The last one may end beyond the line.
 
-    Along a line, sqrt((r / epsilon)^2 + 1) is singular no closer to the real axis than epsilon. On an
-    interval of half length h it is analytic inside of the Bernstein ellipse of parameter rho = s + sqrt(1 +
-    s^2), s = epsilon / h, and bounded on it by some M, so that the polynomial of degree n through Chebyshev
-    nodes is off by at most 4 M rho^-n / (rho - 1): Trefethen, Approximation Theory and Approximation
-    Practice, theorem 8.2. The degree is the one that brings this below the rounding errors of the sum of
-    multiquadrics itself, 2^-52 M. Panels two epsilon long need the fewest operations, some 40 nodes. Where
-    a panel has no more pixels than that, the pixels are the nodes.
+    Along a line, sqrt((r / epsilon)^2 + 1) has no singularity closer to the real axis than epsilon. On an interval of
+    half length h it is analytic inside the Bernstein ellipse of parameter rho = s + sqrt(1 + s^2), s = epsilon / h.
+    Let M be its bound there. Then the polynomial of degree n through Chebyshev nodes has an error of at most
+    4 M rho^-n / (rho - 1) (Trefethen, Approximation Theory and Approximation Practice, theorem 8.2). We take the
+    degree that makes this smaller than the rounding error of the multiquadrics, 2^-52 M. Panels of two epsilon need
+    the fewest operations, about 40 nodes. If a panel has fewer pixels, the pixels are the nodes.
     """
     n_panels = math.ceil(n_pixels / (2 * epsilon + 1))
     panel = math.ceil(n_pixels / n_panels)
@@ -1567,7 +1571,7 @@ def chebyshev_panels(n_pixels, epsilon):
     if n_nodes < panel:
         angles = (np.arange(n_nodes) + 0.5) * (np.pi / n_nodes)
         nodes = half - half * np.cos(angles)
-        # Barycentric formula, the most accurate way to the polynomial's values (Trefethen, chapter 5).
+        # The barycentric formula is the most accurate one (Trefethen, chapter 5).
         away = np.arange(panel)[:, None] - nodes
         matrix = (-1.0) ** np.arange(n_nodes) * np.sin(angles) / np.where(away, away, 1e-200)
         matrix /= matrix.sum(axis=1, keepdims=True)
@@ -1577,12 +1581,12 @@ def chebyshev_panels(n_pixels, epsilon):
 
 
 class Fit(NamedTuple):
-    """A background fitted to what was measured."""
+    """A background fitted to levels."""
 
-    measured: Measured  # points that the model goes through, and the levels of the background there
+    measured: Measured  # points of the model, and the levels of the background there
     model: BackgroundModel
     adaptive: AdaptiveModel | None = None  # how the adaptive model was chosen; None for the classic one
-    beside: Beside | None = None  # how well a reference fits, if there is one
+    beside: Beside | None = None  # how well the reference fits, if there is one
 
 
 def fit_background(measured: Measured, smooth: float | str = 'auto') -> Fit:
@@ -1592,22 +1596,22 @@ def fit_background(measured: Measured, smooth: float | str = 'auto') -> Fit:
     ----------
     measured : Measured
     smooth : 'auto' or float
-        'auto': the adaptive model, see `choose_model`. A number: the classic model, a multiquadric of the
-        levels with scipy's default shape and this smoothness, no trend.
+        'auto': the adaptive model. Trend, shape and smoothness are chosen to predict the levels best. A number: the
+        classic model, a multiquadric with scipy's default shape and this smoothness, without a trend.
 
     Raises
     ------
     RmgradientError
-        If the smoothness is no number from 0 on, or makes the equations singular.
+        If the smoothness is not a number from 0, or makes the equations singular.
     """
     points, levels = measured.points, measured.levels
     if Settings(smooth=smooth).is_adaptive:
-        # What is far below the noise is an exact reference, and would decide about the shape alone.
+        # Residuals far below the noise come from an exact reference. They would determine the shape alone.
         adaptive = choose_model(points, levels, EXACT * np.median(measured.noise, axis=0))
         model = BackgroundModel(points.centers, adaptive.weights, adaptive.epsilon, adaptive.plane)
         return Fit(measured, model, adaptive)
-    from scipy.interpolate import Rbf  # takes longer to load than most pictures to correct
-    with no_warnings():  # "ill-conditioned": judged below by what matters
+    from scipy.interpolate import Rbf  # takes longer to import than most pictures to correct
+    with no_warnings():  # "ill-conditioned" is tested below
         try:
             rbf = Rbf(*points.centers.T, levels, function='multiquadric', mode='N-D', smooth=smooth)
             off = np.abs(rbf.A @ rbf.nodes - levels).max()
@@ -1621,29 +1625,29 @@ def fit_background(measured: Measured, smooth: float | str = 'auto') -> Fit:
 
 # ---- Misfits -------------------------------------------------------------------------------------
 
-MISFIT = 6.0  # a point is worth a warning if it is off by this many standard deviations
-UNLIKELY, UNRELATED = 25.0, 0.5  # noises of levels, and part of their scatter: more is no agreement
+MISFIT = 6.0  # standard deviations: a point with a larger error gets a warning
+UNLIKELY, UNRELATED = 25.0, 0.5  # points do not agree if errors exceed so many noises, and this part of their scatter
 
 
 def find_misfits(fit: Fit) -> list[tuple[int, float]]:
-    """Find points whose level stands out from what the others predict.
+    """Find points whose level differs from the prediction of the others.
 
     Parameters
     ----------
     fit : Fit
-        Of the adaptive model; the classic one has no prediction, and no misfits.
+        Of the adaptive model. The classic model makes no predictions, and has no misfits.
 
     Returns
     -------
     list of (int, float)
-        Index of the point and its error in the channel that stands out most, in data units, positive if too
-        bright; the worst first.
+        Index of the point, and its error in the worst channel, in data units. It is positive if the point is too
+        bright. The worst point comes first.
 
     Notes
     -----
-    A bad point spoils the prediction of its neighbors and the choice of the model. So when the worst are
-    found, the model is chosen again without them, and judges the others, until none stands out. Two points
-    on one nebula mask each other, so neighbors are also tested in pairs.
+    A bad point spoils the prediction of its neighbors and the choice of the model. So the model is chosen again
+    without the worst points, and tests the others, until no more are found. Two points on one nebula mask each other,
+    so neighbors are also tested in pairs.
     """
     if not fit.adaptive:
         return []
@@ -1660,10 +1664,10 @@ def find_misfits(fit: Fit) -> list[tuple[int, float]]:
 
 
 def _find_worst(model, centers, least_error):
-    """Return index and error of the points that stand out most, at least half as far as the worst.
+    """Return index and error of the points with at least half the error of the worst.
 
-    An error stands out if it is above the least, and more than `MISFIT` times the typical one, and the same
-    of its eight nearest neighbors: where a glow is steep all points are hard to predict.
+    An error must be larger than the least error, and than `MISFIT` times the typical error of all points and of its
+    eight nearest neighbors: where a glow is steep, all points are hard to predict.
     """
     kept, worst_points, acquitted, limit = np.arange(len(centers)), [], [], MISFIT
     while len(kept) > 3:
@@ -1684,22 +1688,22 @@ def _find_worst(model, centers, least_error):
 
 
 def _usual_around(model, centers, i, out):
-    """Return the AdaptiveModel without some points, and its usual standardized error around one of them."""
+    """Return the AdaptiveModel without some points, and its typical standardized error around one of them."""
     others = without_points(model, out)
     nearest_points = np.argsort(distances_between(centers[~out], centers[[i]])[:, 0])[:8]
     return others, robust_std(others.standardized[nearest_points])
 
 
 def _find_pair(model, centers, least_error):
-    """Return index and error of the worst point, and of its nearest neighbor if that stands out, too.
+    """Return index and error of the worst point of pairs, and of its nearest neighbor if that is a misfit, too.
 
-    As in `_find_worst`, but left out together, and not of points on isolines. With precision G, weights w and
-    the pair i, j, the errors of `left_out_errors` are
+    As `_find_worst`, but both points of a pair are left out together. Points on isolines are not tested. With
+    precision G, weights w and the pair i, j, the errors of `left_out_errors` are
 
         e_i = (G_ij w_j - G_jj w_i) / d,    d = G_ii G_jj - G_ij^2,
 
-    since (G_jj, -G_ij; -G_ij, G_ii) / d is the inverse of the two rows and columns of G; the variance of e_i
-    is G_jj / d.
+    since (G_jj, -G_ij; -G_ij, G_ii) / d is the inverse of the two rows and columns of G. The variance of e_i is
+    G_jj / d.
     """
     leaders, counts = np.unique(model.leader, return_counts=True)
     alone = np.flatnonzero(np.isin(model.leader, leaders[counts == 1]))
@@ -1737,12 +1741,12 @@ def rms(errors):
     return np.sqrt((errors**2).mean(axis=0))
 
 
-@np.errstate(over='ignore')  # compared with errors of zero, others are infinitely large
+@np.errstate(over='ignore')  # relative to errors of zero, others are infinite
 def significance(errors, standardized, least, usual=None):
-    """Return how many times as large as usual each standardized error is, 0 for errors up to the least.
+    """Return each standardized error over the typical one, and 0 for errors up to the least error.
 
-    Errors and standardized ones as in `left_out_errors`; least: (n_channels,), data units; usual: standardized
-    errors of other points, if these are not judged by their own.
+    Errors and standardized errors as in `left_out_errors`. The least error is (n_channels,), in data units. The
+    typical error comes from `usual`, standardized errors of other points, or from the errors themselves.
     """
     usual = robust_std(standardized if usual is None else usual)
     return np.where(np.abs(errors) > least, standardized / usual, 0)
@@ -1750,52 +1754,52 @@ def significance(errors, standardized, least, usual=None):
 
 # ---- Reference -----------------------------------------------------------------------------------
 
-REFERENCE_AUTO = 24  # cells along the longer side: on nebulae, too, the more the better
-REFERENCE_MISFIT = 5.0  # typical errors: a point that fits the reference worse is left out
-MISREGISTERED = 2.5  # noises of levels: what a reference leaves of the points, if it does not suit the picture
-SAME = 0.05  # noises of levels: two pictures never agree so well
-FAR = 300.0  # deviations: levels of no light
-WEAK = 0.03  # relative error of the scale: if levels without stars say less, those with stars are better
-BENT, BENT_NOISES = 8.0, 1.0  # errors, and noises of levels: a larger square of its light shows that it is not linear
-LEAST_CORRELATION = 0.5  # of details: of the same field it is above 0.9, of another one below 0.15
+REFERENCE_AUTO = 24  # cells along the longer side: points may be on nebulae, so more points are better
+REFERENCE_MISFIT = 5.0  # typical errors: points that fit the reference worse are left out
+MISREGISTERED = 2.5  # noises of levels: if residuals are larger, the reference does not suit the picture
+SAME = 0.05  # noises of levels: two exposures never agree so well
+FAR = 300.0  # standard deviations: levels farther from the median are not light
+WEAK = 0.03  # relative error of the scale: if it is larger without stars, levels with stars are better
+BENT, BENT_NOISES = 8.0, 1.0  # errors, and noises of levels: with a larger quadratic term, the reference is not linear
+LEAST_CORRELATION = 0.5  # of details: above 0.9 for the same field, below 0.15 for another field
 # Registration by stars
-MOST_STARS, LEAST_STARS = 400, 8  # to refine a registration, and to believe it
-BRIGHT, STAR = 50, 6.0  # stars whose triangles are compared; deviations above what is around
-MATCHED = 1.0  # binned pixels: stars no farther are the same
+MOST_STARS, LEAST_STARS = 400, 8  # to refine a registration, and to accept it
+BRIGHT, STAR = 50, 6.0  # stars whose triangles are compared; standard deviations above the surroundings
+MATCHED = 1.0  # binned pixels: closer stars are the same
 BINNED = 1200  # binned pixels along the longer side
-MOST_SHIFT, MOVED = 100, 1.0  # pixels: of a reference of the same size that is not registered; less is registered
+MOST_SHIFT, MOVED = 100, 1.0  # pixels: largest shift between pictures of one size, and smallest one that is corrected
 
 
 class Beside(NamedTuple):
     """How well a reference fits the picture."""
 
-    kept: np.ndarray  # (n_points,): points that fit the reference
-    scale: np.ndarray  # (n_channels,): of the reference's light in the picture
+    kept: np.ndarray  # (n_points,) bool: points that fit the reference
+    scale: np.ndarray  # (n_channels,): light in the picture over light in the reference
     error: np.ndarray  # (n_channels,): standard error of the scale
-    unexplained: np.ndarray  # (n_channels,): standard deviation of what neither explains
-    bend: np.ndarray  # (2, n_channels): what the square of its light adds, RMS in data units, and over its error
-    explained: np.ndarray  # (n_channels,) bool: the reference has the details of the channel; else it is not used there
+    unexplained: np.ndarray  # (n_channels,): standard deviation of the residuals, data units
+    bend: np.ndarray  # (2, n_channels): quadratic term of its light, RMS in data units, and over its error
+    explained: np.ndarray  # (n_channels,) bool: the reference shows the details of this channel; else it is not used
 
 
 class NotRegistered(RmgradientError):
-    """A reference does not show the details of a picture, or can't be registered to it."""
+    """A reference does not show the details of a picture, or cannot be registered to it."""
 
 
 def fit_beside_reference(measured: Measured, reference: ArrayLike) -> Fit:
-    """Fit the background of a picture with a reference: a picture of the field with less gradient.
+    """Fit the background of a picture with a reference: a picture of the same field with less gradient.
 
     Parameters
     ----------
     measured : Measured
-        Of the picture, on nebulae as well as off them.
+        Levels of the picture, on nebulae and on empty sky.
     reference : (n_points, n_channels) or (n_points, 1) array_like
-        Levels of the reference at the same points, in its own units; a gray one serves all channels. Its light is
-        counted from their median.
+        Levels of the reference at the same points, in its own units. A gray reference is used for all channels. The
+        median of these levels counts as no light.
 
     Raises
     ------
     RmgradientError
-        If there are too few points, or the reference's details are not those of the picture.
+        If there are too few points, or the reference does not show the details of the picture.
     """
     levels = measured.levels
     try:
@@ -1813,11 +1817,11 @@ def fit_beside_reference(measured: Measured, reference: ArrayLike) -> Fit:
 
 
 def fit_with_reference(measured):
-    """Fit the background of a picture with the reference that was measured, see `fit_beside_reference`.
+    """Fit the background of a picture with its measured reference, see `fit_beside_reference`.
 
-    Stars have other colors and sizes in another picture. So levels without stars are compared, of the same pixels in
-    both. In channels where only stars tell the scale, levels with stars are compared. A channel that the reference does
-    not explain, as of noise or of another light, is fitted without it.
+    Stars have other colors and sizes in another picture. So levels without stars are compared, from the same pixels of
+    both pictures. In channels where only stars determine the scale, levels with stars are compared. A channel that the
+    reference does not explain (noise, or other light) is fitted without it.
     """
     levels, reference = measured.levels, measured.reference
     if len(np.unique(measured.points.leader)) < LEAST_PLACES:
@@ -1832,7 +1836,7 @@ def fit_with_reference(measured):
         light = np.where(weak, with_stars, light)
         fit = _fit_kept(measured, light)
     if not fit.beside.explained.any():
-        # A broad nebula is smooth, too, and was taken for background. As a start, it is none.
+        # A broad nebula is smooth, too. Without this start it was fitted as background.
         plane = trend_terms(measured.points.centers, measured.points.centers, 'plane')
         detail, ours = without_trend(light, plane), without_trend(measured.levels, plane)
         start = (detail * ours).sum(axis=0) / np.maximum((detail**2).sum(axis=0), TINY)
@@ -1848,15 +1852,15 @@ def fit_with_reference(measured):
 
 
 def _fit_kept(measured, light, start=0.0):
-    """Fit a picture with the (n_points, n_channels) light of a reference, whose scale is about that of the start.
+    """Fit a picture with the (n_points, n_channels) light of a reference, starting from a scale.
 
-    The picture is scale x reference + background: kriging with external drift (Chiles and Delfiner 2012, Geostatistics,
-    section 5.6). Given shape and smoothness, generalized least squares gives the scale, and ordinary kriging of what is
-    left the background, which are the same equations as with one more term of the trend. Both take turns until the
-    scale stays. Points that fit badly, such as satellites and moved objects, are left out, and all is done again.
+    The model is picture = scale x reference + background: kriging with external drift (Chiles and Delfiner 2012,
+    Geostatistics, section 5.6). For a given shape and smoothness, generalized least squares gives the scale. Kriging
+    of the residuals gives the background. Both steps alternate until the scale is stable. Points that fit badly, for
+    example on satellites and moved objects, are left out, and the fit is repeated.
     """
     leader = measured.points.leader
-    # A value like that of no data would decide alone.
+    # A single huge value, for example one that means no data, would determine the scale alone.
     kept = np.all([np.abs(each - np.median(each, axis=0)) <= FAR * robust_std(each - np.median(each, axis=0))
                    for each in (light, measured.levels)], axis=(0, 2))
     kept &= kept[leader]
@@ -1870,7 +1874,7 @@ def _fit_kept(measured, light, start=0.0):
         if i == 9 or fits.all() or fits.sum() < LEAST_PLACES or is_hopeless:
             break
         kept[kept] = fits
-        kept &= kept[leader]  # without its first point, an isoline has no level
+        kept &= kept[leader]  # an isoline without its first point has no level
     background = measured.subset(kept)
     background = background._replace(levels=background.levels - scale * light[kept])
     beside = Beside(kept, scale, error, rms(fit.adaptive.errors), _bend_of(fit, background, light[kept]),
@@ -1900,7 +1904,7 @@ def _fit_scale(measured, light, start):
 
 @np.errstate(all='ignore')  # a constant reference
 def _bend_of(fit, background, light):
-    """Return what one more term, the square of the light, adds to the picture, see `Beside`: 0 if both are linear."""
+    """Return the quadratic term of the reference's light in the picture, see `Beside`. It is 0 if both are linear."""
     centers, precision = background.points.centers, fit.adaptive.precision
     terms = trend_terms(centers, centers, fit.adaptive.trend)
     detail, curved, left = (without_trend(each, terms) for each in (light, light**2, background.levels))
@@ -1914,7 +1918,7 @@ def _bend_of(fit, background, light):
 
 
 def check_beside(fit, picture, sigma):
-    """Return Findings of a reference that does not explain the picture, or is not linear."""
+    """Return Findings for a reference that does not explain the picture, or is not linear."""
     beside, noise, scale, findings = fit.beside, np.median(fit.measured.noise, axis=0), picture.scale, []
     if not beside.explained.all():
         names = [name_of_channel(i, len(noise)) for i in np.flatnonzero(~beside.explained)]
@@ -1932,7 +1936,7 @@ def check_beside(fit, picture, sigma):
             'not linear', f'the reference is stretched: its light is not proportional to that of the picture, by '
             f'{rounded(scale * size * noise.mean())}', 'use one that is not stretched',
             numbers={'noises': float(size), 'significance': float(significant)}))
-    # Noise of pixels alone: that of levels has structure in a nebula.
+    # The noise of pixels alone: in a nebula, the noise of levels includes structure.
     if (same := beside.unexplained < SAME * picture.tiles.noise / (2 * math.sqrt(math.pi) * sigma)).any():
         names = ' and '.join(name_of_channel(i, len(noise)) for i in np.flatnonzero(same))
         findings.append(Finding('same', f'the reference has the noise of the picture itself ({names}): what gradient '
@@ -1949,31 +1953,31 @@ def name_of_channel(i, n_channels):
 
 
 class Reference:
-    """A picture of the field with less gradient, and where the pixels of another picture are on it."""
+    """A picture of the same field with less gradient, and the map from the pixels of the picture to its pixels."""
 
     def __init__(self, picture, locate=None, where='', is_sure=False):
         self.picture, self.path, self.where, self.is_sure = picture, picture.path, where, is_sure
-        self._locate = locate  # None: at the same places
+        self._locate = locate  # None: the same pixels
 
     @property
     def is_aligned(self):
-        """Whether it has the pixels of the picture."""
+        """Whether it has the same pixels as the picture."""
         return self._locate is None
 
     @functools.cached_property
     def zero(self):
-        """The (n_channels,) median of the picture, from which its light is counted."""
+        """The (n_channels,) median of the picture, which counts as no light."""
         medians = self.picture.tiles.medians
         known = np.isfinite(medians).all(axis=2)
         return np.median(medians[known], axis=0) if known.any() else np.zeros(self.picture.shape[2])
 
     def locate(self, places):
-        """Return (n, 2) places x, y on the reference, and the derivatives of the map there, (n, 2, 2)."""
+        """Return the (n, 2) coordinates on the reference, and the (n, 2, 2) derivatives of the map."""
         there = self._locate(places)
         return there, np.stack([self._locate(places + step) - there for step in np.eye(2)], axis=2)
 
     def light_at(self, tiles):
-        """Return its medians at the Tiles of the picture, (n_down, n_across, n_channels), NaN outside of it."""
+        """Return its medians at the Tiles of the picture, (n_down, n_across, n_channels), NaN outside the reference."""
         own = self.picture.tiles
         if self.is_aligned:
             return own.medians
@@ -1988,10 +1992,10 @@ class Reference:
 
 
 def measure_beside(pictures, points, sigma, given=None):
-    """Return Measured of points of a Picture, with the levels of a Reference there; pictures: both.
+    """Return Measured of points, with the levels of a Reference. `pictures` is a tuple of Picture and Reference.
 
-    Given: which points are given, (n_points,) bool, by default all. What can't be measured in the picture is an error
-    if it is given, and left out if it is chosen. What can't be measured on the reference is left out.
+    `given` tells which points come from the user, (n_points,) bool, by default all. If such a point cannot be measured
+    in the picture, that is an error. Other points, and points that cannot be measured on the reference, are left out.
     """
     picture, reference = pictures
     given = np.ones(len(points.x), bool) if given is None else given
@@ -2028,12 +2032,12 @@ def measure_beside(pictures, points, sigma, given=None):
 
 
 class Lost(Unusable):
-    """A place can't be measured on the reference."""
+    """A place cannot be measured on the reference."""
 
 
 @np.errstate(invalid='ignore', over='ignore')
 def _measure_both(picture, reference, place, kernel):
-    """Return a Window, the level of a registered reference, and levels of both with stars, from the same pixels."""
+    """Return a Window, the level of a registered reference, and both levels with stars, from the same pixels."""
     rows, columns = _around(picture, place, kernel)
     values, usable, narrow = _read_window(picture, rows, columns, kernel)
     theirs, also, _ = _read_window(reference, rows, columns, kernel)
@@ -2051,17 +2055,18 @@ def _measure_both(picture, reference, place, kernel):
 
 @np.errstate(invalid='ignore', over='ignore')
 def _measure_apart(picture, reference, places, kernel_and_sigma):
-    """Return what `_measure_both` does, where the reference has other pixels.
+    """As `_measure_both`, for a reference with other pixels.
 
-    Takes the place in the picture, that on the reference, and the (2, 2) derivatives of the map there. A star is left
-    out of both if it is an outlier in one of them: with the outliers of each alone, errors are twice as large or more.
+    Takes the place in the picture, the place on the reference, and the (2, 2) derivatives of the map there. A star is
+    left out of both windows if it is an outlier in one of them. If each window had its own outliers, errors would be
+    twice as large or more.
     """
     (here, there, slopes), (kernel, sigma) = places, kernel_and_sigma
     rows, columns = _around(picture, here, kernel)
     values, usable, narrow = _read_window(picture, rows, columns, kernel)
     if not (np.isfinite(there).all() and np.isfinite(slopes).all()):
         raise Lost
-    sigma = min(max(sigma * math.sqrt(abs(np.linalg.det(slopes))), 0.5), 1e5)  # a pixel is no smaller
+    sigma = min(max(sigma * math.sqrt(abs(np.linalg.det(slopes))), 0.5), 1e5)  # at least half a pixel
     radius, middle = math.ceil(3 * sigma), np.rint(there)
     if not ((middle >= radius).all() and (middle + radius < reference.shape[1::-1]).all()):
         raise Lost
@@ -2090,7 +2095,10 @@ def _measure_apart(picture, reference, places, kernel_and_sigma):
 
 
 def _looked_up(kept, radius, slopes, shift):
-    """Return what of another window, (n, n) bool, is at the pixels of a window, True outside: a map from its middle."""
+    """Look up an (n, n) bool window at the pixels of another window, by a linear map about the middles.
+
+    The result is True outside.
+    """
     offsets = np.stack(np.meshgrid(*[np.arange(-radius, radius + 1)] * 2), axis=-1) @ slopes.T + shift
     x, y = np.rint(offsets).astype(int).transpose(2, 0, 1) + len(kept) // 2
     inside = (x >= 0) & (x < len(kept)) & (y >= 0) & (y < len(kept))
@@ -2098,11 +2106,10 @@ def _looked_up(kept, radius, slopes, shift):
 
 
 def references(picture, beside):
-    """Yield ways in which another Picture may lie on a picture, as functions that return a Reference.
+    """Yield functions that register another Picture to a picture, and return a Reference.
 
-    Of the same size, and the stars are not far; through the coordinates of both in the sky; through their stars; of the
-    same size, whatever the stars say. A way that fails raises NotRegistered, or RmgradientError if something is
-    missing.
+    In this order: the same size and close stars; coordinates of both in the sky; patterns of stars; the same size
+    whatever the stars are. A function raises NotRegistered if it fails, and RmgradientError if a package is missing.
     """
     if beside.shape[:2] == picture.shape[:2]:
         yield lambda: register_by_shift(picture, beside.flipped if beside.bottom_up != picture.bottom_up else beside)
@@ -2116,7 +2123,7 @@ def references(picture, beside):
 
 
 def register_by_shift(picture, beside):
-    """Return the Reference of a picture that has its size: the same pixels, unless the stars in the middle moved."""
+    """Return the Reference of a picture of the same size, shifted if the stars in the middle are shifted."""
     ours, theirs = picture.stars_of_middle, beside.stars_of_middle
     if min(len(ours), len(theirs)) < LEAST_STARS:
         return Reference(beside)
@@ -2137,7 +2144,7 @@ def register_by_shift(picture, beside):
 
 
 def register_by_wcs(picture, beside):
-    """Return the Reference of a picture through the coordinates in the headers of both (FITS)."""
+    """Return the Reference of a picture by the coordinates in the FITS headers of both."""
     ours, theirs = picture.wcs(), beside.wcs()
 
     def locate(places):
@@ -2156,10 +2163,10 @@ def register_by_wcs(picture, beside):
 
 
 def register_by_stars(picture, beside):
-    """Return the Reference of a picture through the stars of both, also if it is turned, scaled or mirrored.
+    """Return the Reference of a picture by its stars. It may be turned, scaled or mirrored.
 
-    Triangles of the brightest stars give the start (astroalign; Beroiz, Cabral and Sanchez 2020, Astronomy and
-    Computing 32, 100384), and all stars near each other an affine map.
+    Triangles of the brightest stars give a start (astroalign; Beroiz, Cabral and Sanchez 2020, Astronomy and Computing
+    32, 100384). Then all matching stars give an affine map.
     """
     try:
         import astroalign
@@ -2171,7 +2178,7 @@ def register_by_stars(picture, beside):
     pairs, matrix = np.zeros((0, 2)), None
     for mirror in (1.0, -1.0):
         flip = np.array([mirror, 1.0])
-        with contextlib.suppress(Exception):  # of the library, too few stars or no match
+        with contextlib.suppress(Exception):  # the library has several for too few stars or no match
             start, _ = astroalign.find_transform((ours * flip)[:BRIGHT], theirs[:BRIGHT])
             matrix = np.vstack([start.params[:2, :2].T * flip[:, None], start.params[:2, 2]])
             pairs, matrix = refine_map(ours, theirs, matrix, reach)
@@ -2190,9 +2197,9 @@ def register_by_stars(picture, beside):
 
 
 def refine_map(ours, theirs, matrix, reach):
-    """Return the index pairs of stars, (n, 2), that a (3, 2) affine map brings within reach, and the map of these.
+    """Return the index pairs of matching stars, (n, 2), and their (3, 2) affine map, starting from another map.
 
-    So the result does not depend on the start, which is drawn by chance.
+    So the result does not depend on the start, which is random.
     """
     from scipy.spatial import KDTree
     tree, places = KDTree(theirs), np.hstack([ours, np.ones((len(ours), 1))])
@@ -2206,18 +2213,18 @@ def refine_map(ours, theirs, matrix, reach):
 
 
 def bin_factor(height, width):
-    """Return how many pixels become one to look for stars."""
+    """Return the binning factor for the search of stars."""
     return max(1, -(-max(height, width) // BINNED))
 
 
 def mapped(places, matrix):
-    """Return where a (3, 2) affine map brings (n, 2) places."""
+    """Apply a (3, 2) affine map to (n, 2) places."""
     return places @ matrix[:2] + matrix[2]
 
 
 @np.errstate(all='ignore')  # huge values
 def find_stars(picture, rows=None, columns=None):
-    """Return the (n_stars, 2) places x, y of the brightest stars of a window, the brightest first.
+    """Return the (n_stars, 2) coordinates of the brightest stars of a window, the brightest first.
 
     Memory: a float64 array of at most `BINNED` x `BINNED` pixels, and some strips.
     """
@@ -2245,7 +2252,7 @@ def find_stars(picture, rows=None, columns=None):
     y, x = np.nonzero(is_peak)
     order = np.argsort(-sharp[y, x], kind='stable')[:MOST_STARS]
     y, x = y[order], x[order]
-    # The vertex of a parabola through three pixels.
+    # The maximum of a parabola through three pixels.
     places = []
     for at, (before, behind) in ((x, (sharp[y, x - 1], sharp[y, x + 1])), (y, (sharp[y - 1, x], sharp[y + 1, x]))):
         bend = 2 * sharp[y, x] - before - behind
@@ -2254,7 +2261,7 @@ def find_stars(picture, rows=None, columns=None):
 
 
 def check_reference(shape, reference_shape):
-    """Raise RmgradientError unless a reference has the channels of a picture, or one."""
+    """Raise RmgradientError unless a reference has the channels of the picture, or one channel."""
     n_channels = reference_shape[2]
     if n_channels not in (1, shape[2]):
         raise RmgradientError(f'has {n_channels} channels and the picture {shape[2]}; '
@@ -2263,39 +2270,39 @@ def check_reference(shape, reference_shape):
 
 # ---- Automatic points ----------------------------------------------------------------------------
 
-AUTO = 15  # cells along the longer side, from each of which a point is chosen
+AUTO = 15  # cells along the longer side: each offers one point
 MOST_CELLS = 30  # along the longer side: more take minutes
 # Quiet places
-LEAST_USABLE = 0.75  # of the pixels of a window: next to holes and masks there are better ones
-SMOOTH = 0.04  # of the variance of the calmest tenth: less was filled in, not measured
+LEAST_USABLE = 0.75  # of the pixels of a window: cells next to holes and masks have better windows
+SMOOTH = 0.04  # of the variance of the calmest tenth: windows with less were filled, not exposed
 # Consensus
-FIRST_STEPS, MOST_STARTS = 3, 10  # of concentration: then only the most promising starts go on
-DEGREES = range(1, 9)  # of the polynomials; a higher one would follow nebulae
-AGREES = 1.3  # times the 99 % quantile of chi-squared: a place within is on the surface
-DROPPED = 5.0  # most cost of a place: with 8, broad surfaces swallow nebulae; with 3, it collapses
-BELOW = 4.0  # deviations: a place so far below the surface costs more, since little is darker than the sky
-LEAST_VARIANCE = 0.25  # of the levels about the surface, in units of their noise: nothing is gained below
-MOST_SCATTER_OF_ALL = 4.2  # noises, over the part of places that is sky: with more scatter, they do not agree
-# What the consensus leaves out
-NEIGHBORS = 1.7  # cells: places no farther are neighbors, also across a corner
-RIM = 0.4  # a place with a larger part of its neighbors off the surface is on the rim of a nebula
-GROUP = 3  # neighbors off the surface are a nebula or the end of a glow; fewer are stars
-CORNER = 6  # places: a smaller group in a corner is a glow that ends there
-MOST_END, ROUGH = 0.2, 6.0  # part of places, typical errors: a larger or rougher group is no end of a glow
-GLOW_LEFT = 0.2  # of its excess: what the others leave of a glow in a corner; of nebulae they leave a third and more
-FALLS = 0.97  # of the squares of its excess: what a fall from a corner or border explains of a glow; of nebulae 0.89
-STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to be left out, to come back, and near a nebula
+FIRST_STEPS, MOST_STARTS = 3, 10  # after so many steps, only so many starts go on, the best ones
+DEGREES = range(1, 9)  # of the polynomials: higher degrees would follow nebulae
+AGREES = 1.3  # times the 99 % quantile of chi-squared: closer places are on the surface
+DROPPED = 5.0  # largest cost of a place: with 8, surfaces follow nebulae; with 3, too few places remain
+BELOW = 4.0  # standard deviations: a place farther below the surface costs more, since little is darker than the sky
+LEAST_VARIANCE = 0.25  # of the levels about the surface, in units of their noise: a better fit has no better score
+MOST_SCATTER_OF_ALL = 4.2  # noises, over the fraction of places that is sky: with more scatter, places do not agree
+# Places that the consensus leaves out
+NEIGHBORS = 1.7  # cells: closer places are neighbors, also diagonally
+RIM = 0.4  # a place with a larger fraction of its neighbors off the surface is on the rim of a nebula
+GROUP = 3  # so many neighbors off the surface are a nebula or the end of a glow; fewer are stars
+CORNER = 6  # places: a smaller group in a corner is the end of a glow
+MOST_END, ROUGH = 0.2, 6.0  # fraction of places, typical errors: a larger or rougher group is not the end of a glow
+GLOW_LEFT = 0.2  # of the excess: residuals of a glow in a corner are smaller; those of nebulae are a third or more
+FALLS = 0.97  # of the squared excess: a fall from a corner or border explains more of a glow, and 0.89 of nebulae
+STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to leave out, to take back, to leave out near a nebula
 # Places that do not agree
-LIGHT = 0.03  # weight of places above a surface that touches all places from below; with 0.1, it runs through nebulae
-LOWEST = 0.25  # of the places: those are on it
-PLANAR = 6.0  # times: only if a cubic explains the places so much better, a plane is too simple
-STIFF = {1: 3.0, 3: 0.8}  # of the longer side, by degree: no smaller shape, so that the model follows no nebula
-# Certain points
-LEAST_GIVEN = 5  # that others can grow from: of fewer, none is predicted by the others
-AS_PREDICTED, ROUNDS = 2.0, 30  # typical errors within which a place joins, and most rounds of judging all
-MOST_SCATTER = 4.0  # noises: what grows from certain points and scatters more does not agree
-FAR_BELOW = 6.0  # noises: certain points so far below the sky of others say that it is a nebula,
-MOST_BELOW = 0.75  # if so many of them are: where a glow is steep, half of them may be below a model that swings
+LIGHT = 0.03  # weight of places above the low surface: with 0.1, it runs through nebulae
+LOWEST = 0.25  # fraction of the places that count as sky then
+PLANAR = 6.0  # a cubic must fit so many times better than a plane
+STIFF = {1: 3.0, 3: 0.8}  # least shape by degree, over the longer side, so that the model does not follow nebulae
+# Points of the user (certain points)
+LEAST_GIVEN = 5  # from which others can grow: fewer do not predict each other
+AS_PREDICTED, ROUNDS = 2.0, 30  # typical errors within which a place joins, and largest number of rounds
+MOST_SCATTER = 4.0  # noises: if the grown sky scatters more, it does not agree
+FAR_BELOW = 6.0  # noises: certain points so far below the sky of the others show that it is a nebula,
+MOST_BELOW = 0.75  # if their fraction is larger: where a glow is steep, half may be below an oscillating model
 
 
 class Sites(NamedTuple):
@@ -2303,13 +2310,13 @@ class Sites(NamedTuple):
 
     points: Points
     levels: np.ndarray  # (n_places, n_channels), data units
-    noise: np.ndarray  # (n_channels,): median standard error of the levels, no less than rounding
-    certain: np.ndarray  # (n_places,): given by the user
+    noise: np.ndarray  # (n_channels,): median standard error of the levels, at least the rounding error
+    certain: np.ndarray  # (n_places,) bool: given by the user
     size: np.ndarray  # width and height of the frame
     cell: float  # side of a cell, in pixels
 
     def subset(self, kept):
-        """Return some of the places, (n_places,) bool."""
+        """Return the places where kept, (n_places,) bool, is True."""
         return self._replace(points=self.points.subset(kept), levels=self.levels[kept], certain=self.certain[kept])
 
     def from_certain(self):
@@ -2321,7 +2328,7 @@ class Sites(NamedTuple):
         return np.minimum(self.points.centers, self.size - self.points.centers)
 
     def neighbors(self):
-        """Return which places are neighbors, (n_places, n_places) bool; none is its own."""
+        """Return which places are neighbors, (n_places, n_places) bool, False on the diagonal."""
         return distances_among(self.points.centers) < NEIGHBORS * self.cell
 
 
@@ -2333,18 +2340,18 @@ def choose_points(image: ArrayLike | Picture, n: int = AUTO, sigma: float = SIGM
     Parameters
     ----------
     image : (height, width, n_channels) or (height, width) array_like, or a Picture
-        Read once, in strips, and the windows of the points.
+        It is read once in strips. Then the windows around the points are read.
     n : int
-        Cells along the longer side of a grid; each offers a point.
+        Cells of a grid along the longer side, 3 to 30. Each cell offers one point.
     sigma : float
-        Blur at the points, in pixels: what they are chosen for.
+        Standard deviation of the Gaussian blur at the points, in pixels.
     given : Points, optional
-        Certain points: all are kept, first, and the surface of the sky has to go through them.
+        Points that are certainly sky. They come first, all are kept, and the surface goes through them.
 
     Returns
     -------
     Measured
-        With `chosen`.
+        The points, their levels and noise. `Measured.chosen` tells how they were chosen.
 
     Raises
     ------
@@ -2353,9 +2360,9 @@ def choose_points(image: ArrayLike | Picture, n: int = AUTO, sigma: float = SIGM
 
     Notes
     -----
-    Each cell offers its quietest place. A glow is smooth to the noise and a nebula is not: sky is the
-    largest set of places that agree on one smooth surface (`find_consensus`), see `sky_of`. Where there is none, a
-    nebula or a galaxy fills the frame, and the points get a `least_shape`, so that the surface does not follow it.
+    Each cell offers its quietest place. A glow is smooth to the noise, and a nebula is not. So the sky is the largest
+    set of places that agree on one smooth surface. If there is no such set, a nebula or a galaxy fills the frame. Then
+    the points get a least shape, so that the surface does not follow the nebula. docs/method.rst has the details.
     """
     picture = as_picture(image)
     points, is_given = join_quiet_places(picture, n, sigma, given)
@@ -2376,7 +2383,7 @@ def choose_points(image: ArrayLike | Picture, n: int = AUTO, sigma: float = SIGM
 
 
 def join_quiet_places(picture, n, sigma, given):
-    """Return given points, if any, and quiet places; and which are given."""
+    """Return Points of given points and quiet places, and which are given, (n_points,) bool."""
     if not (isinstance(n, numbers.Integral) and 3 <= n <= MOST_CELLS):
         raise RmgradientError(f'a grid of {n} cells along the longer side is not from 3 to {MOST_CELLS}')
     given = given or unchecked_points([])
@@ -2392,7 +2399,10 @@ def join_quiet_places(picture, n, sigma, given):
 
 
 def measure_places(picture, points, sigma_and_robust, is_given):
-    """Return Measured of given points and of the other places that can be measured, and which are given."""
+    """Return Measured of given points and of the other places that can be measured, and which are given.
+
+    Raises RmgradientError if a given point cannot be measured.
+    """
     windows, kept = windows_of(picture, points, *sigma_and_robust), np.ones(len(points.x), bool)
     for i, window in windows.items():
         if isinstance(window, Unusable):
@@ -2410,20 +2420,21 @@ def measure_places(picture, points, sigma_and_robust, is_given):
 class Sky(NamedTuple):
     """Which places are sky."""
 
-    is_sky: np.ndarray  # (n_places,)
-    agree: bool  # on one smooth surface
+    is_sky: np.ndarray  # (n_places,) bool
+    agree: bool  # they agree on one smooth surface
     least_shape: float = 0.0  # of the model through them, pixels
 
 
 def choose_sky(sites):
-    """Return the Sky of places, of which some may be certain.
+    """Return the Sky of places, some of which may be certain.
 
-    Few certain points lead the consensus. Enough of them are compared with the sky of the others: if that agrees, and
-    they are not far below it, they are added to it. Otherwise sky grows from them, if what grows agrees.
+    If few points are certain, they take part in the consensus. Otherwise they are compared with the sky of the other
+    places. If that sky agrees, and they are not far below it, they are added to it. If not, the sky grows from the
+    certain points, provided that the result agrees.
     """
     certain = sites.certain
     n_given = (certain & ~sites.points.on_isoline).sum()
-    if n_given < LEAST_GIVEN or (~certain).sum() < 2 * LEAST_PLACES:  # of fewer others, none is a judge of these
+    if n_given < LEAST_GIVEN or (~certain).sum() < 2 * LEAST_PLACES:  # too few to compare both
         return sky_of(sites)
     others = sky_of(sites.subset(~certain))
     is_sky = certain.copy()
@@ -2438,11 +2449,11 @@ def choose_sky(sites):
 
 
 def sky_of(sites):
-    """Return the Sky of places: their consensus, put right where it is known to fail.
+    """Return the Sky of places: their consensus, corrected where it is known to fail.
 
-    Ends of glows come back, and rims of what is left out go. Then the adaptive model leaves out what stands out above
-    it, and takes in the peaks of glows. Where the places scatter too far about the consensus, the farther the fewer are
-    on it, a nebula or a galaxy fills the frame: see `lower_sky`.
+    The ends of glows are taken back. The rims of rejected groups are left out. Then places that stand out above the
+    adaptive model are left out, and peaks of glows are taken back. If the places scatter too much about the consensus,
+    a nebula or a galaxy fills the frame: see `lower_sky`. The limit is lower if fewer places are sky.
     """
     certain = sites.certain
     is_sky, scatter = find_consensus(sites)
@@ -2450,7 +2461,7 @@ def sky_of(sites):
     ends, glow = ends_of_glows(is_sky | certain, sites)
     is_sky = is_sky | certain | ends
     followed = follow_model(is_sky & ~rims(is_sky, sites) | certain | glow, sites, glow)
-    # What stands out in a corner may be the peak of a glow whose flanks were on the surface.
+    # Places that stand out in a corner may be the peak of a glow whose flanks were on the surface.
     _, peak = ends_of_glows(followed.is_sky, sites)
     if peak.any():
         followed = follow_model(followed.is_sky | peak, sites, glow | peak)
@@ -2468,12 +2479,13 @@ def is_far_above(is_sky, certain, sites):
 
 
 def lower_sky(sites):
-    """Return the Sky of places that are mostly no sky: those on a stiff surface that touches them from below.
+    """Return the Sky of places that are mostly on a nebula: the lowest places, with a stiff surface.
 
-    Where a nebula or a galaxy fills the frame, the largest set that agrees goes through sky and structure. But nebulae
-    shine: sky is at the lower side. Asymmetric least squares (expectiles; Newey and Powell 1987, Econometrica 55, 819)
-    find it without a choice between sets: places above the surface get the weight `LIGHT`. A plane is enough, unless a
-    cubic explains the places far better. First, do no harm: the model through the `LOWEST` places has no small shapes.
+    If a nebula or a galaxy fills the frame, the largest set that agrees includes both sky and structure. But nebulae
+    are bright, so the sky is below. Asymmetric least squares find a low surface without choosing a set (expectiles;
+    Newey and Powell 1987, Econometrica 55, 819): places above the surface get the weight `LIGHT`. The surface is a
+    plane, unless a cubic fits much better. The model goes through the `LOWEST` places. A large least shape keeps it
+    from following structure.
     """
     levels, surfaces = sites.levels / sites.noise, {}
     for degree in STIFF:
@@ -2489,7 +2501,7 @@ def lower_sky(sites):
 
 
 def asymmetric_residuals(terms, levels):
-    """Return the (n_places,) residuals, sums over the channels, of terms fitted to levels from below."""
+    """Fit terms to levels by asymmetric least squares. Return the (n_places,) residuals, summed over the channels."""
     weights = np.ones(len(levels))
     for _ in range(50):
         root = np.sqrt(weights)[:, None]
@@ -2501,44 +2513,45 @@ def asymmetric_residuals(terms, levels):
 
 
 def places_beside_reference(picture, n, sigma, given=None):
-    """Return given points, if any, and all quiet places of a picture, as Points, and which are given."""
+    """Return Points of given points and all quiet places of a picture, and which are given."""
     points, is_given = join_quiet_places(picture, n, sigma, given)
     kept = is_given | (distances_from(points.centers, is_given) > 2 * sigma)
     return points.subset(kept), is_given[kept]
 
 
 def with_rounding(noise, picture, points, sigma):
-    """Return the (n_channels,) noise of levels, or the error of rounding where noise can't hide that."""
+    """Return the (n_channels,) noise of levels, or the rounding error if that is larger than the noise of pixels."""
     radius, pixel_noise = math.ceil(3 * sigma), noise * 2 * math.sqrt(math.pi) * sigma
     measured = points.subset(~points.on_isoline)
     rows = [picture[y:y + 1, x - radius:x + radius + 1][0] for x, y in zip(measured.x, measured.y)]
     with np.errstate(invalid='ignore', over='ignore'):
         differences = np.abs(np.diff(np.array(rows, float), axis=1)).reshape(-1, picture.shape[2])
-    # The smallest difference between pixels side by side scales with the picture.
+    # The smallest difference of neighboring pixels is the rounding step, whatever the scale of the picture is.
     step = differences.min(axis=0, where=differences > 0, initial=np.inf)
     step[np.isinf(step)] = 0
     return np.where(pixel_noise < step / 2, step / math.sqrt(12), noise)
 
 
 def find_consensus(sites):
-    """Find the largest set of places that agree on one smooth surface to within the noise.
+    """Find the largest set of places that agree on one smooth surface within the noise.
 
-    Returns sky, (n_places,) bool, and the standard deviation of its levels about the surface, in units of
-    their noise.
+    Returns which places are sky, (n_places,) bool, and the standard deviation of their levels about the surface, in
+    units of their noise.
 
-    A trimmed regression, in the manner of least trimmed squares and of the minimum covariance determinant
-    (Rousseeuw and Van Driessen 1999, Technometrics 41, 212; 2006, Data Mining and Knowledge Discovery 12,
-    29), over polynomials of several degrees and from many starts: all places, and the farther half or three
-    quarters from each of 6 x 6 centers, one of which lies in the nebula. With residuals r, their covariance
-    S and d = r' S^-1 r, steps of concentration keep the half of smallest d; then all are kept that agree.
-    The best set has the highest score, a log-likelihood minus the penalty of the Bayesian information criterion
-    (BIC). With places i of weight v_i, n of them in all, k terms and c channels,
+    This is a trimmed regression, similar to least trimmed squares and the minimum covariance determinant (Rousseeuw
+    and Van Driessen 1999, Technometrics 41, 212; 2006, Data Mining and Knowledge Discovery 12, 29). Surfaces are
+    polynomials of several degrees. The starts are all places, and the half or three quarters of the places that are
+    farthest from each of 6 x 6 centers. One of these centers is inside a nebula.
+
+    Let r be residuals, S their covariance and d = r' S^-1 r. Concentration steps keep the half with the smallest d.
+    Later steps keep all places that agree. The best set has the highest score, a log-likelihood minus the penalty of
+    the Bayesian information criterion (BIC). For n places i with weights v_i, k terms and c channels,
 
         score = -sum_i v_i [min(d_i / 2, DROPPED) + (1 if r_i < -BELOW deviations in some channel)]
                 - n / 2 log det S - k c / 2 log n.
 
-    So no place costs more than `DROPPED`, or one more below the surface, since little is darker than the sky.
-    Certain points weigh as much as half of the places together, and cost ten times as much off the surface.
+    So no place costs more than `DROPPED`, or one more below the surface, since little is darker than the sky. Certain
+    points have together the weight of half of the places, and cost ten times as much off the surface.
     """
     n_places, certain = len(sites.levels), sites.certain
     places, levels = 2 * sites.points.centers / sites.size - 1, sites.levels / sites.noise
@@ -2557,7 +2570,7 @@ def find_consensus(sites):
 
 
 def concentrate(surfaces, sets, costs):
-    """Return score, set and scatter of the best set that sets of places, (n_sets, n_places), lead to."""
+    """Refine candidate sets of places, (n_sets, n_places). Return score, members and scatter of the best set."""
     n_places, n_channels = surfaces.levels.shape
     limit = AGREES * chi_squared_quantile(n_channels)
     least = int(min(max(n_places / 2, 1.5 * surfaces.n_terms + n_channels), n_places))
@@ -2569,7 +2582,7 @@ def concentrate(surfaces, sets, costs):
         elif step > FIRST_STEPS and (sets == before).all():
             break
     for step in range(10):
-        # The half nearest to a surface scatters less than all that belongs to it.
+        # The half that is closest to a surface scatters less than all of its places.
         distances = surfaces.fit(sets)[2] / (1.5 if step == 0 else 1)
         before, sets = sets, np.where(distances < limit, 1.0, 0.0)
         few = sets.sum(axis=1) < least
@@ -2587,63 +2600,63 @@ def concentrate(surfaces, sets, costs):
 
 
 class Surfaces:
-    """Least squares of one set of terms to the same levels at many sets of places, all at once.
+    """Weighted least squares of the same terms and levels on many sets of places at once.
 
-    Takes (n_places, n_terms) terms, (n_places, n_channels) levels in units of their noise, and (n_places,)
-    weights.
+    Takes (n_places, n_terms) terms, (n_places, n_channels) levels in units of their noise, and (n_places,) weights.
     """
 
     def __init__(self, terms, levels, weights):
         self.n_terms, self.levels, self.weights, self._terms = terms.shape[1], levels, weights, terms
-        # A set is a vector of ones and zeros: its normal equations are a product with these.
+        # A set is a vector of ones and zeros. Its product with these arrays gives its normal equations.
         n_places, weighted = len(terms), terms * weights[:, None]
         self._normal = (weighted[:, :, None] * terms[:, None]).reshape(n_places, -1)
         self._known = (weighted[:, :, None] * levels[:, None]).reshape(n_places, -1)
 
     def fit(self, sets):
-        """Return residuals, their covariances, and squared distances for (n_sets, n_places) ones and zeros.
+        """Return residuals, their covariances, and squared distances of (n_sets, n_places) ones and zeros.
 
         Shapes (n_sets, n_places, n_channels), (n_sets, n_channels, n_channels) and (n_sets, n_places).
         """
         n_sets, n_terms, n_channels = len(sets), self.n_terms, self.levels.shape[1]
         normal = (sets @ self._normal).reshape(n_sets, n_terms, n_terms)
-        ridge = 1e-8 / n_terms * np.trace(normal, axis1=1, axis2=2)  # a set may leave a term unknown
+        ridge = 1e-8 / n_terms * np.trace(normal, axis1=1, axis2=2)  # a set may not determine all terms
         normal += ridge[:, None, None] * np.eye(n_terms)
         coefficients = np.linalg.solve(normal, (sets @ self._known).reshape(n_sets, n_terms, n_channels))
         residuals = self.levels - self._terms @ coefficients
         n_kept = sets.sum(axis=1)
-        n_free = np.maximum(n_kept - n_terms, 1)  # a start may go through all of its places
+        n_free = np.maximum(n_kept - n_terms, 1)  # a start may have no more places than terms
         kept = residuals * (sets / n_free[:, None])[..., None]
         covariance = kept.transpose(0, 2, 1) @ residuals
-        # The same in all channels, if huge.
+        # The second part is needed if all channels are equal and huge.
         least = LEAST_VARIANCE + 1e-12 * np.trace(covariance, axis1=1, axis2=2)
         covariance += least[:, None, None] * np.eye(n_channels)
         return residuals, covariance, ((residuals @ np.linalg.inv(covariance)) * residuals).sum(axis=2)
 
 
 def legendre_terms(places, degree):
-    """Return (n_places, n_terms) products of Legendre polynomials up to a degree, places in -1 ... 1."""
+    """Return (n_places, n_terms) products of Legendre polynomials up to a degree, at places in -1 ... 1."""
     x, y = (np.polynomial.legendre.legvander(t, degree) for t in places.T)
     return np.stack([x[:, i] * y[:, j] for i in range(degree + 1) for j in range(degree + 1 - i)], axis=1)
 
 
 def chi_squared_quantile(n):
-    """Return the 99 % quantile of chi-squared, n degrees of freedom: Wilson, Hilferty 1931, PNAS 17, 684."""
+    """Return the 99 % quantile of chi-squared with n degrees of freedom (Wilson, Hilferty 1931, PNAS 17, 684)."""
     return n * (1 - 2 / (9 * n) + 2.326 * math.sqrt(2 / (9 * n))) ** 3
 
 
 def nearest(distances, n):
-    """Return sets of the n places of smallest distances, (n_sets, n_places), as ones and zeros."""
+    """Return sets of the n places with the smallest distances, (n_sets, n_places), as ones and zeros."""
     sets = np.zeros_like(distances)
     np.put_along_axis(sets, np.argpartition(distances, n - 1, axis=1)[:, :n], 1.0, axis=1)
     return sets
 
 
 def grow_from_certain(sites):
-    """Return which places are sky, beginning with the certain ones, (n_places,) bool.
+    """Return which places are sky, (n_places,) bool, starting from the certain ones.
 
-    The adaptive model through what is sky predicts the others, and how far it may be off (kriging). Where it is
-    most certain, those join that are as predicted; then all are judged again by the model through more of them.
+    The adaptive model through the sky predicts the other places and its own error (kriging). Where the error is
+    smallest, places that agree with the prediction join the sky. Then the model is fitted again and all places are
+    tested again.
     """
     is_sky, least = sites.certain, MISFIT * sites.noise
     for _ in range(ROUNDS):
@@ -2669,7 +2682,7 @@ def rims(is_sky, sites):
 
 
 def groups_off(is_sky, sites):
-    """Return the groups of neighbors off the surface, each as (n_places,) bool, the smallest first."""
+    """Return connected groups of places off the surface, each as (n_places,) bool, the smallest first."""
     joined = sites.neighbors() & ~is_sky & ~is_sky[:, None]
     group = np.where(is_sky, -1, np.arange(len(is_sky)))
     while (group != (group := np.maximum(group, np.where(joined, group, -1).max(axis=1)))).any():
@@ -2678,14 +2691,14 @@ def groups_off(is_sky, sites):
 
 
 def ends_of_glows(is_sky, sites):
-    """Find places off the surface that are the ends of glows, more than a polynomial follows.
+    """Find places off the surface that are the ends of glows: polynomials cannot follow these.
 
-    A group in a corner is the glow of an amplifier or a lamp if it is small, or if the adaptive model through it
-    predicts its places from the others to a part of its excess. So is one whose excess falls with the distance from a
-    corner or a border alone. Other small groups at the border come back if they do not stand out from the adaptive
-    model: a glow is smooth to the noise, and a nebula is not.
+    A group in a corner is the glow of an amplifier or a lamp if it is small, or if the adaptive model predicts its
+    places well from the others. A group is also a glow if its excess depends only on the distance from a corner or a
+    border, and falls with it. Other small groups at the border are ends of glows if they do not stand out from the
+    adaptive model: a glow is smooth to the noise, and a nebula is not.
 
-    Returns two (n_places,) bool ndarrays: all ends, and those that are glows for sure, which never stand out.
+    Returns two (n_places,) bool ndarrays: all ends, and the certain ones, which are never left out later.
     """
     all_sky, glow, at_border = is_sky, np.zeros(len(is_sky), bool), sites.from_border() < sites.cell
     excess = np.zeros(len(is_sky))
@@ -2709,7 +2722,7 @@ def ends_of_glows(is_sky, sites):
 
 
 def falls_from_border(excess, centers, size):
-    """Whether an excess, (n,) at (n, 2) centers, falls with the distance from a corner or a border of a frame alone."""
+    """Whether an excess, (n,) at (n, 2) centers, only depends on the distance from a corner or border, and falls."""
     if len(excess) < CORNER:
         return False
     excess = excess * np.sign(excess.sum())
@@ -2719,7 +2732,7 @@ def falls_from_border(excess, centers, size):
 
 
 def falling(values):
-    """Return the falling sequence nearest to values: isotonic regression by pooling neighbors that rise."""
+    """Return the falling sequence closest to values: isotonic regression by pooling adjacent violators."""
     blocks = []
     for value in values.tolist():
         blocks.append((value, 1))
@@ -2730,24 +2743,23 @@ def falling(values):
 
 
 def falling_part(values):
-    """Return the part of the squares of values that the nearest falling sequence explains."""
+    """Return the fraction of the squared values that the closest falling sequence explains."""
     return 1 - ((values - falling(values)) ** 2).sum() / ((values**2).sum() + TINY)
 
 
 class Followed(NamedTuple):
-    """Sky that the adaptive model follows."""
+    """Sky that agrees with the adaptive model through it."""
 
-    is_sky: np.ndarray  # (n_places,)
-    model: AdaptiveModel  # through these
-    errors: np.ndarray  # (n_others, n_channels): level minus prediction of the others, data units
+    is_sky: np.ndarray  # (n_places,) bool
+    model: AdaptiveModel  # through these places
+    errors: np.ndarray  # (n_others, n_channels): level minus prediction at the other places, data units
 
 
 def follow_model(is_sky, sites, glow=False):
-    """Leave out what stands out above the adaptive model through the others, and take in the peaks of glows.
+    """Leave out places that stand out above the adaptive model through the others. Take back the peaks of glows.
 
-    A glow's peak at the border is more than a polynomial follows: bright places there, where the model
-    predicts them to be brighter than nine in ten of the accepted ones, come back, once. What is a glow for sure never
-    stands out. Returns Followed.
+    Polynomials do not follow the peak of a glow at the border. A bright place there is taken back, once, if the model
+    predicts it to be brighter than nine in ten of the accepted places. Certain glows never stand out. Returns Followed.
     """
     at_border = sites.from_border().min(axis=1) < 2 * sites.cell
     brightness, tried = (sites.levels / sites.noise).sum(axis=1), np.zeros(len(is_sky), bool)
@@ -2770,9 +2782,9 @@ def follow_model(is_sky, sites, glow=False):
 
 
 def leave_faint_ends(followed, sites):
-    """Return the sky of Followed without faint ends of nebulae.
+    """Return the sky of Followed without the faint outskirts of nebulae.
 
-    Inside of the frame, near a group that shines, little excess is enough.
+    Inside the frame, near a bright group, a small excess is enough to leave a place out.
     """
     is_sky, model, errors = followed
     nebulae = np.zeros(len(is_sky), bool)
@@ -2795,9 +2807,9 @@ def fit_sites(is_sky, sites):
 
 
 def excess_of_sky(model, is_sky, sites, least):
-    """Return how far places of the sky stand out above the prediction from the others, in typical errors.
+    """Return the leave-one-out error of each place of the sky, positive if too bright, in typical errors.
 
-    Errors up to the least, (n_channels,) in data units, count as 0, and so do those of certain places.
+    Errors up to the least error, (n_channels,) in data units, count as 0. So do errors of certain places.
     """
     excess = np.zeros(len(is_sky))
     excess[is_sky] = significance(model.errors, model.standardized, least).max(axis=1)
@@ -2806,10 +2818,10 @@ def excess_of_sky(model, is_sky, sites, least):
 
 
 def predict_others(model, sites, is_sky):
-    """Return level minus prediction of the places that are not sky, (n_others, n_channels), and its deviation.
+    """Return level minus prediction at the places that are not sky, (n_others, n_channels), and its standard deviation.
 
-    The equations of `choose_model` give the prediction, and its variance as in kriging, (n_others,). The quotient
-    of both is a standardized error, as in `left_out_errors`.
+    Prediction and variance are those of kriging, see `krige`. The standard deviation is (n_others,). The quotient is a
+    standardized error as in `left_out_errors`.
     """
     centers = sites.points.centers
     shares, variance = krige(model, centers[is_sky], centers[~is_sky])
@@ -2820,19 +2832,19 @@ def predict_others(model, sites, is_sky):
 def find_quiet_places(picture, n, sigma):
     """Return the (n_places, 2) place of least variance in each cell of a grid, n cells along the longer side.
 
-    Windows two tiles wide are compared, a tile being as wide as the blur reaches, that have enough usable pixels.
-    Suspiciously smooth ones are left out.
+    The variance is that of windows of 2 x 2 tiles. A tile is as wide as the radius of the blur. Windows with too few
+    usable pixels are left out, and so are windows that are too smooth to be exposed.
     """
     height, width, _ = picture.shape
     tile = max(8, len(blur_kernel(sigma)) // 2)
     if min(height, width) <= 2 * tile:
         return np.empty((0, 2), int)
-    # Tiles of equal size, to a pixel, so that windows end with the border on all sides.
+    # Tiles have equal size, to a pixel, so that windows reach the border on all sides.
     edges = [np.round(np.linspace(0, n, n // tile + 1)).astype(int) for n in (width, height)]
     total, squares, number = survey_tiles(picture, edges)
     variance, is_good = variance_of_windows(total, squares, number, edges)
-    # The middle of a window is between two pixels. The one closer to the middle of the frame is taken, and in the
-    # middle the one on the calmer side, so that a mirrored picture gets mirrored points.
+    # The middle of a window is between two pixels. We take the one closer to the middle of the frame, and in the middle
+    # the one on the calmer side. So a mirrored picture gets mirrored points.
     x, y = np.meshgrid(*(each[1:-1] for each in edges))
     noisier = sides_of_windows(squares, total, number)
     x = x - (2 * x > width) - ((2 * x == width) & noisier[0])
@@ -2844,17 +2856,17 @@ def find_quiet_places(picture, n, sigma):
 class Windows(NamedTuple):
     """Windows of 2 x 2 tiles."""
 
-    x: np.ndarray  # (n_down, n_across) int: middle, where a level would be measured
+    x: np.ndarray  # (n_down, n_across) int: middle, where the level would be measured
     y: np.ndarray
     variance: np.ndarray  # (n_down, n_across, n_channels) of their pixels
     is_good: np.ndarray  # (n_down, n_across) bool: enough pixels can be measured
 
 
 def survey_tiles(picture, edges):
-    """Return over tiles the sums of values and of their squares, (n_down, n_across, n_channels), and their number.
+    """Return the sums of values and of squares in tiles, (n_down, n_across, n_channels), and the number of pixels.
 
-    Of usable pixels only; edges are those of tiles in x and y. Memory: 20 bytes a tile and channel, and a row of tiles
-    in float64 for each worker.
+    Only usable pixels count. The edges are those of the tiles in x and y. Memory: 20 bytes for each tile and channel,
+    and a row of tiles in float64 for each worker.
     """
     _, width, n_channels = picture.shape
     x_edges, y_edges = edges
@@ -2868,7 +2880,7 @@ def survey_tiles(picture, edges):
             else:
                 values = np.where(np.repeat(usable, n_channels, axis=1), values, 0)
                 number = np.add.reduceat(usable.sum(axis=0), x_edges[:-1])
-            # Over rows first: sums over the short last axes are slow.
+            # Rows are summed first: sums over the short last axes are slow.
             return *(np.add.reduceat(sums.reshape(width, n_channels), x_edges[:-1])
                      for sums in (values.sum(axis=0), np.einsum('ij,ij->j', values, values))), number.astype(np.int32)
 
@@ -2878,7 +2890,7 @@ def survey_tiles(picture, edges):
 
 @np.errstate(invalid='ignore', over='ignore', divide='ignore')
 def sides_of_windows(squares, total, number):
-    """Return whether the right, and the lower half of windows of 2 x 2 tiles varies more than the other."""
+    """Return whether the right half, and the lower half, of windows of 2 x 2 tiles varies more than the other half."""
     noisier = []
     for axis in (1, 0):
         halves = []
@@ -2902,10 +2914,10 @@ def variance_of_windows(total, squares, number, edges):
 
 
 def quietest_of_cells(windows, size, n):
-    """Return the quietest window of each cell, (n_places, 2), of n cells along the longer side of a frame of a size.
+    """Return the center of the quietest window in each cell, (n_places, 2), n cells along the longer side of a frame.
 
-    A glow or a flat that falls off is steepest at the border, and a haze above the land: there, the outermost windows
-    are cells of their own, and so are those in corners. Each channel's variance is in units of its median.
+    Glows, vignetting and haze above land are steepest at borders. So the outermost windows are cells of their own, and
+    so are the windows in corners. The variance of each channel is in units of its median.
     """
     x, y, variance, is_good = windows
     if not is_good.any():
@@ -2917,7 +2929,7 @@ def quietest_of_cells(windows, size, n):
     good = is_good & (variance >= SMOOTH * np.array(calm)).all(axis=2) & np.isfinite(structure)
     n_across, n_down = np.maximum(1, np.round(size * n / size.max())).astype(int)
     cell = (2 * y + 1) * n_down // (2 * size[1]) * n_across + (2 * x + 1) * n_across // (2 * size[0])
-    # On which side of a window there is none: 1 before, 2 behind, 3 both.
+    # On which side of a window there is no other good one: 1 before, 2 after, 3 both.
     padded = np.pad(is_good, 1)
     end_x = 2 * ~padded[1:-1, 2:] + ~padded[1:-1, :-2]
     end_y = 2 * ~padded[2:, 1:-1] + ~padded[:-2, 1:-1]
@@ -2933,10 +2945,10 @@ def quietest_of_cells(windows, size, n):
 
 # ---- Sky level -----------------------------------------------------------------------------------
 
-LIKE = 4.0  # times: levels of frames of one field do not differ more
+LIKE = 4.0  # levels of frames of one field differ by a smaller factor
 
 def find_sky(fit: Fit, picture: Picture, settings: Settings) -> np.ndarray:
-    """Return the level that the sky gets, (n_channels,) in data units.
+    """Return the level of the corrected sky, (n_channels,) in data units.
 
     Parameters
     ----------
@@ -2944,20 +2956,20 @@ def find_sky(fit: Fit, picture: Picture, settings: Settings) -> np.ndarray:
     picture : Picture
         For the size of the frame.
     settings : Settings
-        Of `sky`:
+        Its `sky` is
 
-        - 'gray': the same for all channels, the mean over them of the median level of the points;
+        - 'gray': the median level of the points, averaged over the channels, for all channels;
         - 'color': the median level of each channel, so that the sky keeps its average color;
-        - 'darkest': the lowest background of each channel in the frame, which takes a pass over the model;
-        - a number, or one for each channel: this;
-        - None: with a reference of the same type, its own level, so that all frames of a field get the same, unless it
-          is more than `LIKE` times larger or smaller; 'darkest' for the classic model; else 'color' to divide, since
-          gray would change the colors of stars; else 'gray'.
+        - 'darkest': the lowest background of each channel in the frame;
+        - a number, or one for each channel;
+        - None: with a reference of the same type, its level, so that all frames of a field get the same level, unless
+          it is more than `LIKE` times larger or smaller. Otherwise 'darkest' for the classic model; 'color' to divide,
+          since gray would change the colors of stars; and 'gray' in all other cases.
 
     Raises
     ------
     RmgradientError
-        If the level is far from that of the picture, or to divide, if the level or the background is 0 or less.
+        If the level is outside the range of the picture. To divide, if the level or the background is 0 or less.
     """
     sky, median = settings.sky, np.median(fit.measured.levels, axis=0)
     reference = fit.measured.reference
@@ -2984,7 +2996,7 @@ def find_sky(fit: Fit, picture: Picture, settings: Settings) -> np.ndarray:
 
 
 def is_level_like(reference, levels):
-    """Whether the level of a reference of the same type can be that of the picture: a stretched one is far from it."""
+    """Whether the level of a reference is similar to that of the picture. A stretched reference is far from it."""
     return reference.is_same_type and bool(((reference.zero < LIKE * levels) & (levels < LIKE * reference.zero)).all())
 
 
@@ -2998,7 +3010,7 @@ def find_darkest(model, picture, rows=ROWS):
 
 
 def check_sky(sky, picture):
-    """Raise RmgradientError if a level of the sky has too many channels, or is beyond integers of the picture."""
+    """Raise RmgradientError if a sky level has other channels than the picture, or does not fit in its integers."""
     if sky is None or isinstance(sky, str):
         return
     values = np.atleast_1d(sky)
@@ -3012,7 +3024,7 @@ def check_sky(sky, picture):
 
 
 def check_divisor(model, picture, rows):
-    """Raise RmgradientError, with the place, unless the background is positive everywhere, in physical units."""
+    """Raise RmgradientError unless the background is positive everywhere, in physical units."""
     model = model.above(np.full(model.n_channels, -picture.zero / picture.scale))
 
     def lowest_of(start, stop):
@@ -3032,28 +3044,27 @@ def check_divisor(model, picture, rows):
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """What each pixel gets: the only place that rounds and limits.
+    """A fitted background, and how it is removed from a picture.
 
-    With the sky at its level, see `find_sky`, and white the largest value, `settings.method` is
+    The corrected pixels, by `settings.method`, are
 
     - 'subtract': picture - (background - sky);
-    - 'stretch': sky + (picture - background) * (white - sky) / (white - background), so that white stays;
+    - 'stretch': sky + (picture - background) * (white - sky) / (white - background), so that white stays white;
     - 'divide': picture * sky / background.
-
-    The classic way (`Settings.is_classic`) takes 0 for the sky to stretch.
     """
+    # The only class that rounds and limits. To stretch in the classic way (`Settings.is_classic`), sky counts as 0.
 
     fit: Fit
-    sky: np.ndarray  # (n_channels,), data units
-    picture: Picture  # that it is for: its type, blank value and scale are used
+    sky: np.ndarray  # (n_channels,): level of the corrected sky, data units
+    picture: Picture  # the picture that was measured: its type, blank value and scale are used
     settings: Settings
     misfits: list[tuple[int, float]]  # points that do not fit, see `find_misfits`
-    findings: tuple[Finding, ...] = ()  # what was noticed, the most important first
-    verdict: Finding = Finding('fit', 'fit: not judged')  # how far off the background is expected to be
+    findings: tuple[Finding, ...] = ()  # warnings and remarks, the most important first
+    verdict: Finding = Finding('fit', 'fit: not judged')  # quality of the fit and its expected error
 
     @property
     def points(self) -> Points:
-        """The points that the background goes through."""
+        """The points of the model."""
         return self.fit.measured.points
 
     @property
@@ -3068,7 +3079,7 @@ class Correction:
 
     @property
     def white(self) -> float:
-        """The largest value, in data units: by default of integers the largest, of floats 1.0."""
+        """The value of white, in data units. By default, the largest integer, or 1.0 for floats."""
         if self.settings.white is not None:
             return (self.settings.white - self.picture.zero) / self.picture.scale
         return range_of(self.picture.dtype)[1] if self.picture.dtype.kind in 'ui' else 1.0
@@ -3079,20 +3090,20 @@ class Correction:
         Parameters
         ----------
         image : (n_rows, width, n_channels) or (n_rows, width) array_like, or a Picture
-            Rows of the picture that the correction was made for, or of one like it.
+            Rows of the picture that was measured, or of another picture of the same width.
         start : int
-            Where the first of them is in the frame.
+            Row of the frame that is the first row of the image.
 
         Returns
         -------
         ndarray
-            Of the shape and dtype of the image, in native byte order. Integers are rounded to nearest and limited to
-            their range. Floats are only cast: negative values stay, and so does NaN.
+            Shape and dtype are those of the image, in native byte order. Integers are rounded to nearest and limited
+            to their range. Floats are not limited: negative values and NaN stay.
 
         Raises
         ------
         RmgradientError
-            If the image has other channels than the correction, or is to be stretched and holds floats above white.
+            If the image has other channels than the correction. To stretch, if floats are above white.
         """
         picture = as_picture(image)
         height, width, n_channels = picture.shape
@@ -3111,12 +3122,11 @@ class Correction:
         return np.ma.array(corrected, mask=image.mask) if isinstance(image, np.ma.MaskedArray) else corrected
 
     def corrected_strip(self, picture, first, last, start=0):
-        """Return rows first to last - 1 of a picture, which begins at a row of the frame, without background.
+        """Return rows first to last - 1 of a picture without background. Its first row is row start of the frame.
 
         Extra samples stay as they are. So do values that are not finite or blank, and pixels that are transparent or
-        without data (see `no_data`), which the classic way does not know; nothing else becomes blank. Returns all
-        samples, and how many pixels have a channel that became the smallest, and the largest integer, see
-        `newly_limited`.
+        without data (except in the classic way). No other value becomes blank. Returns all samples, and the numbers of
+        pixels with a channel that became the smallest and the largest integer, see `newly_limited`.
         """
         strip, n_channels = picture.read(first, last), self.model.n_channels
         color, n_limited, dtype = strip[..., :n_channels], np.zeros(2, int), (strip.dtype, picture.blank)
@@ -3144,7 +3154,7 @@ class Correction:
     def leveled(self, values, shift):
         """Return float64 values without background, neither rounded nor limited.
 
-        Shift is the background above the sky, float64 in data units, which may be overwritten.
+        Shift is the background minus the sky level, float64 in data units. It may be overwritten.
         """
         if self.settings.method == 'subtract':
             return np.subtract(values, shift, out=shift)
@@ -3165,7 +3175,7 @@ class Correction:
                                   f'background is up to {background:g}')
 
     def background_strip(self, picture, start, stop):
-        """Return rows of the background in the picture's dtype, and how many pixels are beyond what that holds."""
+        """Return rows of the background in the dtype of the picture, and how many pixels do not fit in its range."""
         background = self.model.evaluate(start, stop, picture.shape[1])
         noise = self.dither_noise(1, start, background.shape) if self.settings.dither else None
         n_unfit = count_unfit(background, picture.dtype)
@@ -3176,9 +3186,9 @@ class Correction:
     def dither_noise(self, stream, start, shape):
         """Return noise for rows from start on, uniform in -0.5 ... 0.5, of the shape (n_rows, width, n_channels).
 
-        Each row of each picture has its own generator, so that neither threads nor groups of rows matter, and
-        the noise of stacked pictures averages out: the levels at the points tell pictures apart. Stream: 0 for
-        the picture, 1 for its background.
+        Each row has its own generator, so that the result does not depend on threads and groups of rows. Its seed
+        includes the levels at the points, so that the noise averages out in a stack of pictures. Stream: 0 for the
+        picture, 1 for its background.
         """
         key = zlib.crc32(np.ascontiguousarray(self.levels))
         rows = range(start, start + shape[0])
@@ -3186,18 +3196,18 @@ class Correction:
 
 
 def range_of(dtype, blank=None):
-    """Return the smallest and the largest float64 that integers of a dtype hold, apart from one that is no data."""
+    """Return the smallest and the largest float64 of an integer dtype, without the value of no data."""
     lowest, highest = np.iinfo(dtype).min, np.iinfo(dtype).max
     lowest, highest = float(lowest + (lowest == blank)), highest - (highest == blank)
-    # 2^64 - 1 is no float64.
+    # 2^64 - 1 is not a float64.
     return lowest, math.nextafter(float(highest), 0) if float(highest) > highest else float(highest)
 
 
 def to_range(values, dtype_and_blank, noise=None):
-    """Return float64 values that an integer dtype holds: after dither, rounding and limiting; floats as they are.
+    """Dither, round and limit float64 values to the range of an integer dtype. Floats are not changed.
 
-    None becomes blank, the value that stands for no data. Integers are made in place. Returns the values, and whether
-    some are at the smallest or the largest integer, or floats outside of 0 ... 1.
+    No value becomes blank, the value of no data. Integers are made in place. Returns the values, and whether some are
+    the smallest or the largest integer, or floats outside 0 ... 1.
     """
     dtype, blank = dtype_and_blank
     if np.dtype(dtype).kind == 'f':
@@ -3207,7 +3217,7 @@ def to_range(values, dtype_and_blank, noise=None):
     np.rint(values, out=values)
     lowest, highest = range_of(dtype, blank)
     is_limited = values.min() <= lowest or values.max() >= highest
-    if is_limited:  # mostly none is: to look for them takes half of the time of limiting all
+    if is_limited:  # usually not: the test takes half of the time of limiting all values
         np.clip(values, lowest, highest, out=values)
     if blank is not None:
         values[values == blank] += 1
@@ -3215,10 +3225,10 @@ def to_range(values, dtype_and_blank, noise=None):
 
 
 def newly_limited(before, after, dtype_and_blank, uncounted):
-    """Return how many pixels have a channel newly at the smallest, and at the largest integer.
+    """Count the pixels with a channel that became the smallest, and the largest integer.
 
-    Of floats, those below 0 and above 1 that were not. After: float64 values of `to_range`. Uncounted: bool, broadcast
-    with both.
+    For floats, count those that became less than 0, and more than 1. After: float64 values of `to_range`. Uncounted:
+    bool, broadcast with both.
     """
     if np.dtype(dtype_and_blank[0]).kind == 'f':
         lowest, highest = -TINY, math.nextafter(1, 2)
@@ -3229,7 +3239,7 @@ def newly_limited(before, after, dtype_and_blank, uncounted):
 
 
 def count_unfit(values, dtype):
-    """Return how many pixels have a channel that is beyond what an integer dtype holds; floats hold all."""
+    """Count the pixels with a channel outside the range of an integer dtype."""
     if np.dtype(dtype).kind == 'f':
         return 0
     limits = np.iinfo(dtype)
@@ -3242,35 +3252,35 @@ def count_unfit(values, dtype):
 
 NINTHS = 'upper left', 'top', 'upper right', 'left', 'middle', 'right', 'lower left', 'bottom', 'lower right'
 NO_SKY = 'set your own points on empty sky with --edit, mask what is no sky with --mask, or use a --reference'
-LEAST_SPAN = 0.06  # of the picture's area: with less, most is extrapolated
+LEAST_SPAN = 0.06  # of the area of the picture: with less, most of the background is extrapolated
 LEAST_LIMITED = 0.1  # percent of the pixels
-LEAST_NOISE = 1e-4  # of the level of the sky: pictures with less noise are drawn
+LEAST_NOISE = 1e-4  # of the sky level: only drawn pictures have less noise
 # Expected errors
 COARSE = 3  # every third tile
-UNCERTAIN_AUTO, UNCERTAIN = 2.5, 1.2  # true errors over those that the points predict: for chosen and for given ones
-UNSURE = 1.2  # noises: what is a guess in a ninth of the frame
-GOOD, POOR = 0.15, 0.6  # noises: expected error
-SCATTERED = 5.0  # noises of levels: points that agree better are rather too few
+UNCERTAIN_AUTO, UNCERTAIN = 2.5, 1.2  # true over predicted errors, for automatic and for given points
+UNSURE = 1.2  # noises: with a larger expected error, a ninth of the frame gets a warning
+GOOD, POOR = 0.15, 0.6  # noises: limits of the expected error
+SCATTERED = 5.0  # noises of levels: if points agree better than this, the reason for an error is that they are few
 REASONS = {'step': 'there is a step', 'filled': 'there is no smooth sky', 'structure': 'it follows structure',
            'corner': 'a corner stays', 'edge': 'an edge stays', 'part': 'a part of the frame is uncertain'}
-# What is left in tiles, in noises of a pixel. Limits are set so that good results give no finding; see
-# docs/measurements.rst for what each finds.
-LEAST_EDGE, EDGE_DEPTH = 0.5, 5  # noises; tiles to what an edge is compared with, and as many of that
+# Residuals of tiles, in noises of a pixel. The limits are set so that good results give no finding. See
+# docs/measurements.rst for how many defects each rule finds.
+LEAST_EDGE, EDGE_DEPTH = 0.5, 5  # noises; an edge of up to so many tiles is compared with as many tiles inside
 LEAST_TILES = 2 * EDGE_DEPTH + 2  # across the picture
-REACHED = 0.1  # of the longer side: points so close follow an edge or a corner
-UNEVEN = 0.45  # relative deviation of four in five tiles along an edge
-SHARE, SCATTERS, OTHERS = 0.85, 2.0, 10.0  # of the jumps along a step have its sign; its height over their scatter, and
-# over the jumps of parallel lines
-RAMP = -0.9, 0.35  # of a step's height: slopes beside it; a bend has more, the rebound beside a step less
+REACHED = 0.1  # of the longer side: the background follows an edge or a corner if points are so close
+UNEVEN = 0.45  # of its mean: largest deviation of four in five tiles along an edge
+SHARE, SCATTERS, OTHERS = 0.85, 2.0, 10.0  # a step: fraction of jumps with its sign; height over the scatter of jumps,
+# and over the jumps of parallel lines
+RAMP = -0.9, 0.35  # of the height of a step: slopes on its sides; more is a bend, less the fit's rebound
 LEAST_CORNER, EXPLAINED, NARROW = 0.8, 0.85, 0.13  # noises; by the distance alone; half width over the longer side
-FINE, FINE_PART, FINE_SHAPE = 0.3, 0.14, 3.0  # noises; part of the model's scatter; distances between points
+FINE, FINE_PART, FINE_SHAPE = 0.3, 0.14, 3.0  # noises; of the scatter of the model; of the distance between points
 
 
 class StepRule(NamedTuple):
-    """What a line of jumps has to be to be a step."""
+    """Conditions for a line of jumps to be a step."""
 
     least: float  # height, noises
-    even: float  # part of the height that is left in each quarter of it
+    even: float  # smallest fraction of the height in each quarter of the line
     slopes: np.ndarray  # tiles a tile
 
 
@@ -3279,10 +3289,7 @@ SLANTED = StepRule(0.8, 0.6, np.linspace(-1, 1, 61))  # with 17 slopes, three of
 
 
 def find_edge(a):
-    """Return how much the first row of (n, m) levels stands out all along from those inside, and how many rows do.
-
-    (0.0, 0) if it does not.
-    """
+    """Return the height of an edge along the first row of (n, m) levels, and its number of rows, or (0.0, 0)."""
     a = a[:2 * EDGE_DEPTH + 2]
     good = np.isfinite(a).all(axis=0)
     if good.sum() < max(8, 0.6 * len(good)):
@@ -3296,15 +3303,15 @@ def find_edge(a):
 
 
 def find_step(a):
-    """Return height, row, slope and part of the sharpest step along a line across (n, m) levels; height 0.0 if none.
+    """Return height, row, slope and part of the sharpest step along a line across (n, m) levels, or height 0.0.
 
-    The line is straight, or slanted by a slope, or goes along the first (part -1) or last (part 1) half or third only.
+    The line follows a row, is slanted by a slope, or covers only the first (part -1) or last (part 1) half or third.
     """
     bend = (a[1:-3] - a[:-4]) + (a[4:] - a[3:-1])
-    jump = a[3:-1] - a[1:-3] - bend  # between the rows before and behind, without the slopes beside these
+    jump = a[3:-1] - a[1:-3] - bend  # between the rows before and after, without the slopes on both sides
     m = jump.shape[1]
     found = [(*step_along(jump, bend, STRAIGHT), 0)]
-    # Unless some tile jumps in most columns, no slanted line of them does.
+    # A slanted line has a step only if most columns have a jump.
     if not found[0][0] and max((sign * jump >= SLANTED.least).any(axis=0).mean() for sign in (-1, 1)) >= 0.7:
         found.append((*step_along(jump, bend, SLANTED), 0))
     if not any(each[0] for each in found):
@@ -3316,10 +3323,10 @@ def find_step(a):
 
 
 def step_along(jump, bend, rule):
-    """Return height, row and slope of the sharpest step of a rule along a line of (n, m) jumps; 0.0 without.
+    """Return height, row and slope of the sharpest step of a rule along a line of (n, m) jumps, or height 0.0.
 
-    All along the line, the jumps have one sign and height, and lines parallel to it have none. It is no bend: the
-    slopes beside it are smaller.
+    Along the line, the jumps have the same sign and height, and parallel lines have none. The slopes on both sides are
+    smaller, since it is not a bend.
     """
     best, score, (n, m) = (0.0, 0, 0.0), 0.0, jump.shape
     if m < 8:
@@ -3329,7 +3336,7 @@ def step_along(jump, bend, rule):
     known, sign = np.isfinite(jump).astype(np.int8), np.sign(np.nan_to_num(jump)).astype(np.int8)
     number, total = (each.ravel()[lines].sum(axis=2, dtype=np.int16) for each in (known, sign))
     jump, bend = jump.ravel(), bend.ravel()
-    # Few lines pass this: then medians cost little.
+    # Few lines pass this test. So medians cost little.
     for k, i in np.argwhere((number > 0.6 * m) & (np.abs(total) >= (2 * SHARE - 1) * number)):
         line = lines[k, i][np.isfinite(jump[lines[k, i]])]
         values, height = jump[line], float(np.median(jump[line]))
@@ -3346,7 +3353,7 @@ def step_along(jump, bend, rule):
 
 
 def known_medians(values):
-    """Return the median of the values of each row that are not NaN, 0 if there are none."""
+    """Return the median of the values of each row that are not NaN, and 0 if all are."""
     values = np.sort(values, axis=1)  # NaN comes last
     n = np.isfinite(values).sum(axis=1)
     row = np.arange(len(values))
@@ -3356,7 +3363,7 @@ def known_medians(values):
 
 @functools.lru_cache(maxsize=64)
 def _lines_of(n, m, n_slopes):
-    """Return the (n_slopes, n, m) indices of lines in raveled (n + 1, m) values; those outside are in the last row."""
+    """Return the (n_slopes, n, m) indices of lines in raveled (n + 1, m) values. Pixels outside are in the last row."""
     column = np.arange(m)
     slopes = (SLANTED if n_slopes > 1 else STRAIGHT).slopes[:, None, None]
     rows = np.arange(n)[:, None] + np.rint(slopes * (column - (m - 1) / 2)).astype(np.int32)
@@ -3364,10 +3371,10 @@ def _lines_of(n, m, n_slopes):
 
 
 def find_corner(a, x, y):
-    """Return how much (n, m) levels rise towards a corner, and within which distance half of that; (0.0, 0.0) if not.
+    """Return height and half width of a rise of (n, m) levels towards a corner, or (0.0, 0.0).
 
-    x, y: distances of columns and rows from it, as parts of the longer side. A glow of an amplifier or a lamp is a
-    function of the distance from the corner alone; a nebula is not.
+    x and y are distances of columns and rows from the corner, over the longer side. The glow of an amplifier or a lamp
+    depends only on the distance from the corner. A nebula does not.
     """
     distance, known = np.hypot(x, y[:, None]), np.isfinite(a)
     near, ring, inside = distance < 0.05, (distance > 0.2) & (distance < 0.32), known & (distance < 0.25)
@@ -3380,7 +3387,7 @@ def find_corner(a, x, y):
     order = np.argsort(distance[inside], kind='stable')
     r, values = distance[inside][order], np.sign(rise) * (a[inside][order] - base)
     fitted = falling(values)
-    reach = 3 * robust_std(values - fitted)  # of stars, no more counts
+    reach = 3 * robust_std(values - fitted)  # limits the influence of stars
     fitted = falling(np.clip(values, fitted - reach, fitted + reach))
     explained = 1 - ((values - fitted) ** 2).sum() / (values**2).sum()
     half = r[min(np.searchsorted(-fitted, -0.4 * fitted[:3].mean()), len(r) - 1)]
@@ -3388,21 +3395,21 @@ def find_corner(a, x, y):
 
 
 class Leftover(NamedTuple):
-    """What is left in the tiles of a corrected picture."""
+    """Residuals in the tiles of a corrected picture."""
 
     levels: np.ndarray  # (n_down, n_across, n_channels), in noises of a pixel; NaN without data
-    background: np.ndarray  # the same of the background that was removed
+    background: np.ndarray  # the background that was removed, in the same units
     tiles: Tiles
     noise: np.ndarray  # (n_channels,): of a pixel, data units
     picture: Picture
 
     def strongest(self, find):
-        """Return what find(levels) gives for the channel whose first value is largest, and that channel."""
+        """Return find(levels) of the channel with the largest first value, and that channel."""
         found = [(*find(self.levels[..., i]), i) for i in range(self.levels.shape[2])]
         return max(found, key=lambda each: abs(each[0]))
 
     def side(self, axis, is_end):
-        """Return the name of a side of the picture, as it is shown, by axis and end."""
+        """Return the name of a side of the displayed picture, by axis and end."""
         return ('top', 'bottom')[is_end != self.picture.bottom_up] if axis == 0 else ('left', 'right')[is_end]
 
     def box(self, axis, start, stop):
@@ -3412,14 +3419,14 @@ class Leftover(NamedTuple):
         return (0, start, width, min(stop, height)) if axis == 0 else (start, 0, min(stop, width), height)
 
     def words(self, noises, channel):
-        """Return a height in data units, and how it compares with the noise, in words."""
+        """Return a height in data units as text."""
         return f'{rounded(noises * self.noise[channel] * self.picture.scale)} {"brighter" if noises > 0 else "darker"}'
 
 
 def check_left(left, points):
-    """Return Findings of edges, steps and corners that are left, unless the picture is too small to tell.
+    """Return Findings for edges, steps and corners that remain in the result, unless the picture is too small.
 
-    Where no points are near, the surface is to blame. Where a nebula fills the frame, it does so at edges, too.
+    If no points are near, the surface can cause such edges. If a nebula fills the frame, it reaches edges, too.
     """
     if min(left.levels.shape[:2]) < LEAST_TILES:
         return []
@@ -3438,7 +3445,7 @@ def check_left(left, points):
 
 
 def _find_left(left):
-    """Return Findings of edges, steps and corners."""
+    """Return Findings for edges, steps and corners."""
     edges, steps = check_edges(left), []
     for axis in (0, 1):
         height, row, slope, part, channel = left.strongest(lambda a, axis=axis: find_step(a if axis == 0 else a.T))
@@ -3450,7 +3457,7 @@ def _find_left(left):
 
 
 def check_edges(left):
-    """Return {side: Finding} of edges that fall or rise all along."""
+    """Return {side: Finding} for edges that fall or rise along their whole length."""
     edges = {}
     for axis, is_end in itertools.product((0, 1), (False, True)):
         inward = slice(None, None, -1 if is_end else 1)
@@ -3463,7 +3470,7 @@ def check_edges(left):
 
 
 def edge_finding(left, place, noises, channel):
-    """Return the Finding of an edge; place: axis, whether it is at the end, and how wide it is in pixels."""
+    """Return the Finding for an edge. Its place is (axis, whether it is at the end, width in pixels)."""
     axis, is_end, n = place
     size, side, lines = left.picture.shape[axis], left.side(axis, is_end), ('rows', 'columns')[axis]
     box = left.box(axis, size - n, size) if is_end else left.box(axis, 0, n)
@@ -3473,15 +3480,15 @@ def edge_finding(left, place, noises, channel):
 
 
 def describe_step(left, edges, found):
-    """Return the Findings of a step; one close to a border is added to the edges: there is a strip to be cropped."""
+    """Return the Findings for a step. A step close to a border is added to the edges: the strip should be cropped."""
     axis, height, row, slope, part, channel = found
     place, size = (left.tiles.y, left.tiles.x)[axis][row], left.picture.shape[axis]
     is_end, longer = bool(place > size / 2), max(left.picture.shape[:2])
     side, inside = left.side(axis, is_end), size - place if is_end else place
     if side in edges and inside < 0.12 * longer and abs(height) < 0.7 * abs(edges[side].numbers['noises']):
-        return []  # the kink of an edge that falls off
+        return []  # the inner end of an edge
     if part and inside < 0.12 * longer:
-        return []  # something bright at the border
+        return []  # a bright object at the border
     if inside < 0.08 * longer and not slope and not part:
         edges[side] = edge_finding(left, (axis, is_end, round(inside)), height if is_end else -height, channel)
         return []
@@ -3497,7 +3504,7 @@ def describe_step(left, edges, found):
 
 
 def check_corners(left, edges):
-    """Return Findings of glows in corners away from edges that were found."""
+    """Return Findings for glows in corners, unless an edge was found there."""
     (height, width, _), findings = left.picture.shape, []
     longer = max(height, width)
     for is_low, is_right in itertools.product((False, True), repeat=2):
@@ -3519,10 +3526,10 @@ def check_corners(left, edges):
 
 
 def expected_errors(fit, places_x, places_y, noise):
-    """Return the error of the background that the points predict, (n_y, n_x) in noises of a pixel, at a grid of places.
+    """Return the expected error of the background on a grid, (n_y, n_x), in noises of a pixel.
 
-    The deviation of kriging (Cressie 1993, Statistics for Spatial Data, section 3.4), in units that the leave-one-out
-    errors give, times what true errors of drawn skies are larger: automatic points are chosen to agree with each other.
+    This is the standard deviation of kriging (Cressie 1993, Statistics for Spatial Data, section 3.4), scaled by the
+    leave-one-out errors. A factor from drawn skies corrects it, since automatic points are chosen to agree.
     """
     x, y = np.meshgrid(places_x, places_y)
     _, variance = krige(fit.adaptive, fit.model.centers, np.stack([x.ravel(), y.ravel()], axis=1))
@@ -3532,7 +3539,7 @@ def expected_errors(fit, places_x, places_y, noise):
 
 
 def check_structure(fit, left):
-    """Return the Finding of a model that follows structure: it bends between neighboring points, if any does."""
+    """Return the Finding for a model that follows structure, that is, bends between neighboring points."""
     centers, background = fit.model.centers, left.background
     n_down, n_across, n_channels = background.shape
     if fit.adaptive.epsilon >= FINE_SHAPE * average_spacing(centers):
@@ -3553,14 +3560,14 @@ def check_structure(fit, left):
 
 
 def ninths_of(x, y, picture):
-    """Return the index in `NINTHS` of places in a picture, as it is shown."""
+    """Return the index in `NINTHS` of places in the displayed picture."""
     height, width, _ = picture.shape
     row, column = (3 * y // height).astype(int), (3 * x // width).astype(int)
     return 3 * (2 - row if picture.bottom_up else row) + column
 
 
 def check_parts(errors, left):
-    """Return the Finding of ninths of the frame where the expected errors, at every `COARSE`-th tile, are large."""
+    """Return the Finding for ninths of the frame where the expected errors, at every `COARSE`-th tile, are large."""
     ninth = ninths_of(*np.meshgrid(left.tiles.x[::COARSE], left.tiles.y[::COARSE]), left.picture)
     unsure = {}
     for i, name in enumerate(NINTHS):
@@ -3577,7 +3584,7 @@ def check_parts(errors, left):
 
 
 def check_lost(points, lost, picture):
-    """Return the Finding of ninths of the frame whose (n, 2) places are all lost: the reference has no data there."""
+    """Return the Finding for ninths of the frame without data on the reference: their (n, 2) places are all lost."""
     kept, gone = (np.bincount(ninths_of(*each.T, picture), minlength=9) for each in (points.centers, lost))
     parts = [name for name, n, n_lost in zip(NINTHS, kept, gone) if n == 0 and n_lost >= 2]
     if not parts:
@@ -3587,15 +3594,15 @@ def check_lost(points, lost, picture):
 
 
 def check_filled(points):
-    """Return the Finding of a frame full of nebula, where a stiff surface was taken, see `lower_sky`."""
+    """Return the Finding for a frame full of nebula, where the surface is stiff, see `lower_sky`."""
     if not points.least_shape:
         return []
     return [Finding('filled', 'no smooth sky fits the quiet places (nebula, galaxy, Milky Way or a seam?)', NO_SKY)]
 
 
 def check_span(points, picture):
-    """Return the Finding of points that span little of the frame."""
-    angles = np.linspace(0, 2 * np.pi, 256, endpoint=False)  # those farthest in these directions are the convex hull
+    """Return the Finding for points that cover only a small part of the frame."""
+    angles = np.linspace(0, 2 * np.pi, 256, endpoint=False)  # the farthest in these directions are the hull
     x, y = points.centers[(points.centers @ [np.cos(angles), np.sin(angles)]).argmax(axis=0)].T
     part = abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum()) / 2 / math.prod(picture.shape[:2])
     if part >= LEAST_SPAN:
@@ -3605,12 +3612,12 @@ def check_span(points, picture):
 
 
 def check_below_zero(fit, left):
-    """Return the Finding of a background that falls below 0, though no level does, with the place."""
+    """Return the Finding for a background that falls below 0, although no level does."""
     background = left.picture.physical(left.background * left.noise)
     y, x, _ = np.unravel_index(background.argmin(), background.shape)
     if not background.min() < 0 < left.picture.physical(fit.measured.levels).min():
         return []
-    margin = left.tiles.side  # points can't be at the border
+    margin = left.tiles.side  # points cannot be at the border
     place = tuple(int(np.clip(round(each), min(margin, n // 2), max(n - margin, n // 2))) for each, n in
                   zip((left.tiles.x[x], left.tiles.y[y]), left.picture.shape[1::-1]))
     return [Finding('below zero', f'the background falls to {in_words([background.min()])}, below 0, near {place}',
@@ -3618,7 +3625,7 @@ def check_below_zero(fit, left):
 
 
 def check_misfits(fit, misfits, picture):
-    """Return the Findings of points that do not fit, or of points that hardly agree."""
+    """Return the Findings for points that do not fit, or for points that hardly agree."""
     points, findings = fit.measured.points, []
     for i, error in misfits:
         hint, advice = ('brighter', 'is it on a star or nebula?') if error > 0 else (
@@ -3630,7 +3637,7 @@ def check_misfits(fit, misfits, picture):
             'misfit', f'{points.describe([i])} is {counts} {hint} {verb} what its neighbors suggest',
             advice + (' If so, remove it with --edit' if points.is_chosen else ''),
             places=((int(points.x[i]), int(points.y[i])),), numbers={'error': picture.scale * error}))
-    if len(points.x) > 4 and not misfits and hardly_agree(fit):  # fewer say nothing about each other
+    if len(points.x) > 4 and not misfits and hardly_agree(fit):  # fewer points cannot be checked against each other
         findings.append(Finding(
             'scatter', 'the points hardly agree on a smooth background',
             'look at --preview: are some on nebulae or stars? If not, a steep glow needs more of them'))
@@ -3638,10 +3645,10 @@ def check_misfits(fit, misfits, picture):
 
 
 def judge(fit, left, errors, findings):
-    """Return the verdict, a Finding of kind 'fit': how far off the background is expected to be.
+    """Return the verdict, a Finding of kind 'fit': the quality of the fit and its expected error.
 
-    Errors: of `expected_errors`. What was found in the result adds to these: a corner falls off over its width, an edge
-    as a square, and a step splits the frame.
+    The errors are those of `expected_errors`. Defects that were found are added: a corner by its height and width, an
+    edge by its area, a step as half of the frame.
     """
     area, added = math.prod(left.picture.shape[:2]), 0.0
     for finding in findings:
@@ -3656,7 +3663,7 @@ def judge(fit, left, errors, findings):
     expected, agree = math.sqrt((errors**2).mean() + added), float(np.sqrt((fit.adaptive.errors**2).mean()))
     n_levels = len(np.unique(fit.measured.points.leader))
     few = n_levels < LEAST_PLACES
-    if n_levels <= 4:  # each plane goes through three, and a fourth says little
+    if n_levels <= 4:  # a plane through three has no errors, and a fourth is little more
         text = f'fit: fair at best: {n_levels} points are too few to tell how good it is'
         return Finding('fit', text, severity='remark', numbers={'word': 'fair', 'noises': None, 'expected': None,
                                                                 'agree': None})
@@ -3680,9 +3687,9 @@ def judge(fit, left, errors, findings):
 
 @np.errstate(all='ignore')  # huge values
 def check_correction(correction, reference=None):
-    """Return a Correction with what is noticed about it: Findings, the most important first, and the verdict.
+    """Return a Correction with its findings, the most important first, and its verdict.
 
-    The light of a Reference, if there is one, is taken off the result first.
+    If there is a Reference, its light is first subtracted from the result.
     """
     fit, picture, settings = correction.fit, correction.picture, correction.settings
     if not fit.adaptive:
@@ -3698,7 +3705,7 @@ def check_correction(correction, reference=None):
     known = np.isfinite(levels[::COARSE, ::COARSE]).all(axis=2)
     known |= not known.any()
     findings = check_below_zero(fit, left) + check_left(left, points)
-    if not correction.misfits:  # else these are what it follows
+    if not correction.misfits:  # misfits are a better reason
         findings += check_structure(fit, left)
     if fit.beside:
         is_itself = reference is not None and picture.path == reference.path != ''
@@ -3721,7 +3728,7 @@ def check_correction(correction, reference=None):
 
 
 def classic_as_adaptive(measured, epsilon, smooth):
-    """Return an AdaptiveModel like the classic model, about the mean: its errors tell how far that may be off."""
+    """Return an AdaptiveModel similar to the classic model. Its errors estimate those of the classic model."""
     centers, levels, leader = problem = measured.points.centers, measured.levels, measured.points.leader
     terms = trend_terms(centers, centers, 'mean')
     residuals = without_trend(levels, terms)
@@ -3733,8 +3740,8 @@ def classic_as_adaptive(measured, epsilon, smooth):
 def check_limits(correction, picture, counts):
     """Return Findings about the values of a corrected picture.
 
-    Counts: how many pixels have a channel that became the smallest, and the largest value; and of how many the
-    background does not fit in the type of the picture, see `Correction.corrected_strip` and `background_strip`.
+    Counts are numbers of pixels: with a channel that became the smallest, with one that became the largest value, and
+    with a background outside the range of the type, see `Correction.corrected_strip` and `background_strip`.
     """
     findings, percents = [], 100 * np.asarray(counts[:2]) / math.prod(picture.shape[:2])
     if picture.dtype.kind == 'f':
@@ -3758,7 +3765,7 @@ def check_limits(correction, picture, counts):
 
 @np.errstate(all='ignore')
 def advised_sky(correction, picture, is_dark):
-    """Return advice with a level of the sky that keeps pixels from black, or from white, as far as one does."""
+    """Return advice with a sky level that avoids black or white pixels, if there is such a level."""
     method, (height, width, n_channels) = correction.settings.method, picture.shape
     stretch = '' if is_dark or method != 'subtract' else ', or keep white with --stretch'
     words = 'raise the sky' if is_dark else 'lower the sky'
@@ -3773,7 +3780,7 @@ def advised_sky(correction, picture, is_dark):
         samples.append(np.stack([values[usable][::step], background[usable][::step]]).astype(float))
     values, background = np.concatenate(samples, axis=1)
     outside = values.min(axis=1) <= lowest if is_dark else values.max(axis=1) >= highest
-    # Tried from near to far: what the largest part of pixels needs, then more.
+    # Levels are tried from near to far.
     sky = float(picture.physical(correction.sky).mean())
     limit = float(picture.physical(highest if is_dark else lowest))
     for part in np.linspace(0.02, 1, 50):
@@ -3797,11 +3804,11 @@ def two_digits(value, is_up):
 
 # ---- Chain ---------------------------------------------------------------------------------------
 
-ABOVE_WHITE = 1.1  # times white: floats that are brighter, but not by more, as after resampling, can be stretched
+ABOVE_WHITE = 1.1  # times white: floats may be a little brighter, for example after resampling
 
 
 def measure_points(picture: Picture, points: Points | None, settings: Settings) -> Measured:
-    """Measure points, or choose and measure them if `settings.auto` says so: points given are certain then."""
+    """Measure points. If `settings.auto` is a number, choose more points around the given ones."""
     if settings.auto is None:
         return measure_levels(picture, points, settings.sigma, settings.is_adaptive)
     measured = choose_points(picture, settings.auto or AUTO, settings.sigma, points)
@@ -3811,7 +3818,7 @@ def measure_points(picture: Picture, points: Points | None, settings: Settings) 
 
 
 def correct_beside(picture: Picture, points: Points | None, settings: Settings, beside: Picture) -> Correction:
-    """Return the correction of a picture with a reference, in the first way in which that fits."""
+    """Return the correction of a picture with a reference, registered in the first way that fits."""
     given = None
     if settings.auto is not None:
         points, given = places_beside_reference(picture, settings.auto or REFERENCE_AUTO, settings.sigma, points)
@@ -3820,7 +3827,7 @@ def correct_beside(picture: Picture, points: Points | None, settings: Settings, 
         try:
             with about(beside.path):
                 reference = way()
-        except RmgradientError as error:  # none is found, or a package for it is missing
+        except RmgradientError as error:  # it is not found this way, or a package is missing
             reasons.append(error)
             continue
         try:
@@ -3835,7 +3842,7 @@ def correct_beside(picture: Picture, points: Points | None, settings: Settings, 
         n_explained = np.count_nonzero(fit.beside.explained)
         if not best or n_explained > best[0]:
             best = n_explained, fit, reference
-        if n_explained == picture.shape[2] or reference.is_sure:  # stars show where it lies
+        if n_explained == picture.shape[2] or reference.is_sure:  # its stars prove the registration
             break
     if not best:
         with about(beside.path):
@@ -3845,7 +3852,7 @@ def correct_beside(picture: Picture, points: Points | None, settings: Settings, 
 
 def correction_of(picture: Picture, measured: Measured | Fit, settings: Settings,
                   reference: Reference | None = None) -> Correction:
-    """Return the correction of a picture from what was measured: for command, window and Python alike."""
+    """Return the Correction of a picture from measured levels, for command, window and Python."""
     fit = measured if reference else fit_background(measured, settings.smooth)
     correction = Correction(fit, find_sky(fit, picture, settings), picture, settings, find_misfits(fit))
     if settings.method == 'stretch':
@@ -3858,7 +3865,7 @@ def correction_of(picture: Picture, measured: Measured | Fit, settings: Settings
 
 
 def check_brightest(picture, white, rows):
-    """Raise RmgradientError, with the largest value, if floats are far above what is taken for white."""
+    """Raise RmgradientError if floats are far above white."""
     def brightest(start, stop):
         color, usable = picture.usable(slice(start, stop), slice(0, picture.shape[1]))
         return color[usable].max(initial=-np.inf)
@@ -3879,27 +3886,36 @@ def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str
     Parameters
     ----------
     image : (height, width) or (height, width, n_channels) array_like, or a Picture
-        Integers or floats. All channels are taken for colors: leave alpha out.
+        Integers or floats. All channels count as colors: leave alpha out.
     points : Points, (n_points, 2) array_like, or 'auto'
-        See `make_points`; with 'auto', `choose_points` chooses them.
+        See `make_points`. With 'auto', `choose_points` chooses them.
     reference : (height, width) or (height, width, n_channels) array_like, or a Picture, optional
-        Picture of the same field, see `fit_beside_reference`, for the adaptive model. If it has another size, it is
-        registered by the coordinates of both in the sky (FITS files), or by their stars.
+        Picture of the same field with less gradient, see `fit_beside_reference`. If it is not registered, the stars of
+        both, or coordinates in the sky (FITS files), show where it is. Needs the adaptive model.
     mask : (height, width) array_like of bool, optional
-        True where nothing is measured, as on land or nebulae; that of a numpy.ma array or a CCDData is added.
+        True where nothing is measured, for example on land or nebulae. The mask of a numpy.ma array or a CCDData is
+        added.
     **settings
-        Fields of `Settings`: sigma, smooth, sky, method, white, dither, rows; auto adds automatic points to those
-        given.
+        Fields of `Settings`. The level of the sky is
+
+        - sky='gray': the median level of the points, averaged over the channels, for all channels;
+        - sky='color': the median level of each channel, so that the sky keeps its average color;
+        - sky='darkest': the lowest background of each channel in the frame;
+        - a number, or one for each channel;
+        - by default 'gray'; 'color' with method='divide'; 'darkest' with a number for smooth; with a reference of the
+          same type, the level of the reference.
+
+        With auto, automatic points are added to the given ones.
 
     Returns
     -------
     Correction
-        Its `apply` gives the picture without its background; it has the points, levels, fit, sky and model.
+        Its `apply` returns the picture without its background. It has the points, levels, model and sky level.
 
     Raises
     ------
     RmgradientError
-        If image, points and settings don't go together; the message says why.
+        If image, points and settings do not fit together. The message says why.
     """
     if isinstance(points, str):
         if points != 'auto':
@@ -3922,7 +3938,7 @@ def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str
 
 
 def warn(findings):
-    """Issue Findings that are warnings as Python's."""
+    """Issue Findings as Python warnings, unless they are remarks."""
     for finding in findings:
         if finding.severity == 'warning':
             warnings.warn(str(finding), RmgradientWarning, stacklevel=3)
@@ -3933,9 +3949,9 @@ def remove_gradient(image: ArrayLike | Picture, points: ArrayLike | Points | str
                     **settings: Any) -> np.ndarray:
     """Remove the background gradient from an array, as the command does from a file.
 
-    Parameters as in `find_correction`. Returns an array of the shape and dtype of the image, in native byte order; the
-    image itself is not changed. What is masked is corrected, too; a numpy.ma array keeps its mask. Memory: the result,
-    and a few groups of rows in float64.
+    Parameters and errors are those of `find_correction`. Returns a new array of the shape and dtype of the image, in
+    native byte order. Masked pixels are corrected, too. A numpy.ma array keeps its mask. Memory: the result, and a few
+    groups of rows in float64.
     """
     return find_correction(image, points, reference=reference, mask=mask, **settings).apply(image)
 
@@ -3943,19 +3959,19 @@ def remove_gradient(image: ArrayLike | Picture, points: ArrayLike | Points | str
 # ---- Picture files -------------------------------------------------------------------------------
 
 class RandomAccess:
-    """The bytes of an open file; may be read from several threads."""
+    """The bytes of an open file. May be read from several threads."""
 
     def __init__(self, file):
         self._file, self._lock = file, threading.Lock()
         self.size = os.fstat(file.fileno()).st_size
 
     def read(self, offset, size):
-        """Return bytes; Damage if there are too few."""
+        """Return bytes. Raise Damage if the file ends before."""
         if offset < 0 or offset + size > self.size:
             raise Damage(f'it ends at byte {self.size}, {offset + size - self.size} bytes too early')
         parts = []
         while size:
-            part = self._read_part(offset, min(size, 2**30))  # systems read at most 2 GiB at once
+            part = self._read_part(offset, min(size, 2**30))  # systems read at most 2 GiB in one call
             if not part:
                 raise Damage(f'it ends at byte {offset}, {size} bytes too early')
             parts.append(part)
@@ -3971,12 +3987,12 @@ class RandomAccess:
 
 
 class FilePicture(Picture):
-    """An open picture file; each format has a class that fills this in."""
+    """An open picture file. Each format has a subclass."""
 
     format: str
-    endings: tuple[str, ...]  # of its files
+    endings: tuple[str, ...]  # of file names
     can_compress = False
-    remarks: list[str]  # what is left out
+    remarks: list[str]  # about parts of the file that are left out
 
     def __init__(self, path, file=None):
         self.path, self.remarks = os.fspath(path), []
@@ -4001,17 +4017,17 @@ class FilePicture(Picture):
         ----------
         file : binary file
         strip_at : callable
-            Gives rows start to stop - 1, (n_rows, width, n_samples) for the output, (n_rows, width, n_channels)
-            for the background; called in threads.
+            Returns rows start to stop - 1, (n_rows, width, n_samples) for the output, (n_rows, width, n_channels)
+            for the background. It is called in threads.
         kind : 'output' or 'background'
         settings : Settings
-            Of rows a strip, and of compression.
+            Rows of a strip, and compression.
         """
         raise NotImplementedError
 
     @contextlib.contextmanager
     def _damage(self):
-        """Turn what libraries raise on damaged files, a dozen types in words of their own, into one."""
+        """Turn errors of libraries on damaged files into RmgradientError. Libraries raise a dozen types of them."""
         try:
             yield
         except Damage as error:
@@ -4033,7 +4049,7 @@ NUMBERS = {code: tifffile.TIFF.DATA_FORMATS[code][-1] for code in (1, 3, 4, 13, 
 
 
 class Tag(NamedTuple):
-    """Entry of a TIFF directory; its value is the bytes in the file or the tags of a sub-directory."""
+    """Entry of a TIFF directory. Its value is the bytes in the file, or the tags of a sub-directory."""
 
     code: int
     type: int
@@ -4042,17 +4058,17 @@ class Tag(NamedTuple):
 
 
 def directory_structs(byteorder, bigtiff):
-    """Return the structs of a directory: number of entries, an entry, a pointer."""
+    """Return the structs of the parts of a directory: number of entries, entry, pointer."""
     codes = ('Q', 'HHQ8s', 'Q') if bigtiff else ('H', 'HHI4s', 'I')
     return [struct.Struct(byteorder + code) for code in codes]
 
 
 class TiffBytes(RandomAccess):
-    """The bytes of an open TIFF file and the directories in it; may be used from several threads.
+    """The bytes of an open TIFF file and its directories. May be used from several threads.
 
-    `byteorder` is '<' or '>', `first` the offset of the first directory. Directories and values can point
-    anywhere, also to the same bytes. So that reading them stays cheap, what they declare all together is
-    never more than the file has, and no directory is read twice.
+    `byteorder` is '<' or '>', `first` is the offset of the first directory. In a damaged file, directories and values
+    can point anywhere, also to the same bytes. To limit the work, the sizes of all directories and values must not be
+    larger than the file, and no directory is read twice.
     """
 
     def __init__(self, file):
@@ -4068,20 +4084,20 @@ class TiffBytes(RandomAccess):
         return struct.unpack(f'{self.byteorder}{count}{NUMBERS[type_]}', data)
 
     def declared(self, offset, size):
-        """Return bytes of a directory or of a value in it; Damage if the file can't hold all of them."""
+        """Return the bytes of a directory or of a value in it. Raise Damage if all of them are larger than the file."""
         self._left -= size
         if self._left < 0:
             raise Damage('its directories and their values are larger than itself')
         return self.read(offset, size)
 
     def directory(self, offset):
-        """Return all (code, type, count, offset of the value), and the offset of the next directory."""
+        """Return (code, type, count, offset of the value) of each entry, and the offset of the next directory."""
         head, entry, pointer = directory_structs(self.byteorder, self.bigtiff)
         if offset in self._directories:
             raise Damage(f'the directory at byte {offset} is referred to twice')
         self._directories.add(offset)
         n_entries, = head.unpack(self.read(offset, head.size))
-        if n_entries > 4096:  # as tifffile has it: no program writes so many
+        if n_entries > 4096:  # the limit of tifffile: no program writes so many
             raise Damage(f'a directory of {n_entries} tags')
         offset += head.size
         data = self.declared(offset, n_entries * entry.size + pointer.size)
@@ -4095,7 +4111,7 @@ class TiffBytes(RandomAccess):
 
 
 def pack_head(byteorder, bigtiff, offset=None):
-    """Return the bytes that a file begins with; they lead to the first directory, by default behind them."""
+    """Return the first bytes of a file, with the offset of the first directory. By default, it follows these bytes."""
     magic = b'II' if byteorder == '<' else b'MM'
     if bigtiff:
         return magic + struct.pack(byteorder + 'HHHQ', 43, 8, 0, offset or 16)
@@ -4103,7 +4119,7 @@ def pack_head(byteorder, bigtiff, offset=None):
 
 
 def pack_directory(tags, offset, byteorder, bigtiff):
-    """Return the bytes of a directory at an even offset, with values and sub-directories behind it."""
+    """Return the bytes of a directory at an even offset, followed by its values and sub-directories."""
     head, entry, pointer = directory_structs(byteorder, bigtiff)
     entries, values, end = [], [], offset + head.size + len(tags) * entry.size + pointer.size
     for code, type_, count, value in sorted(tags, key=lambda tag: tag.code):
@@ -4121,19 +4137,19 @@ def pack_directory(tags, offset, byteorder, bigtiff):
 # ---- TIFF ----------------------------------------------------------------------------------
 
 EXIF, GPS, INTEROPERABILITY, ICC, XMP, DESCRIPTION = 34665, 34853, 40965, 34675, 700, 270
-METAMORPH, IMAGEJ = range(33628, 33632), (50838, 50839)  # of all planes of a stack
-GDAL_NODATA = 42113  # text of a number
-SUB_DIRECTORIES = {None: {EXIF, GPS, INTEROPERABILITY}, EXIF: {INTEROPERABILITY}}  # of which directory
-# Tags that say how the pixels are stored: the output has its own. 254, 255, 297: kind and number of the page.
+METAMORPH, IMAGEJ = range(33628, 33632), (50838, 50839)  # they describe all planes of a stack
+GDAL_NODATA = 42113  # a number as text
+SUB_DIRECTORIES = {None: {EXIF, GPS, INTEROPERABILITY}, EXIF: {INTEROPERABILITY}}  # by the directory that has them
+# Tags that describe how pixels are stored: the output has its own. 254, 255, 297: kind and number of the page.
 STRUCTURE_TAGS = {*range(254, 260), 262, 266, 273, 277, 278, 279, 284, 288, 289, 292, 293, 297, 317,
                   *range(322, 326), 330, 338, 339, 347, 400, *range(512, 522)}
-# Tags that show or describe the old pixels: smallest and largest value, Photoshop's layers.
+# Tags that describe the old pixels: smallest and largest value, layers of Photoshop.
 STALE_TAGS = {280, 281, 37724}
 NAMES_OF_TAGS = {ICC: 'the ICC profile', XMP: 'the XMP packet', EXIF: 'EXIF', GPS: 'GPS'}
-# The structure tags that tell where the pixels are, and depths of volumes.
+# Structure tags that are needed to find the pixels, and the depth of volumes.
 LAYOUT_TAGS = STRUCTURE_TAGS - {330, 400} | {32997, 32998}
-PER_SAMPLE_TAGS = {340, 341}  # smallest and largest possible value, one a sample
-# Compressions that come apart into segments, and how many bytes one byte can stand for at most.
+PER_SAMPLE_TAGS = {340, 341}  # smallest and largest possible value of each sample
+# Compressions of separate segments, and the largest factor by which each can expand.
 COMPRESSIONS = {1: 1, 5: 1400, 8: 1040, 32946: 1040, 32773: 64, 34925: 10000, 50000: 44000}
 NAMES_OF_COLORS = {3: 'a palette', 4: 'a transparency mask', 5: 'CMYK', 6: 'YCbCr', 8: 'CIE Lab',
                    9: 'ICC Lab', 10: 'ITU Lab', 32803: 'a raw color filter array', 34892: 'linear raw',
@@ -4141,10 +4157,10 @@ NAMES_OF_COLORS = {3: 'a palette', 4: 'a transparency mask', 5: 'CMYK', 6: 'YCbC
 
 
 class TiffImage(FilePicture):
-    """An open TIFF picture. Gray ones whose zero is white are read inverted: light is positive.
+    """An open TIFF picture. If zero is white, gray values are inverted when they are read.
 
-    Memory: of an uncompressed file, no more than the rows asked for. Of a compressed one, the segments
-    (strips or tiles) that hold the rows, decoded, and those of the requests under way in other threads.
+    Memory: for an uncompressed file, only the requested rows. For a compressed file, the decoded segments (strips or
+    tiles) with these rows, and the segments for requests of other threads.
     """
 
     format, endings, can_compress = 'TIFF', ('.tif', '.tiff'), True
@@ -4171,7 +4187,7 @@ class TiffImage(FilePicture):
             self.remarks.append(f'only the first of {n_pages} pages is corrected, '
                                  f'{n_pages - 1} {verb} left out')
         self._grid = grid_of_segments(page)
-        # Filled backward or differenced bytes have to be decoded whole, like compressed ones.
+        # Segments with reversed bits or a predictor are decoded whole, like compressed ones.
         self._is_plain = page.compression == 1 and page.fillorder == 1
         page.decode  # made now: making it is not safe in threads  # noqa: B018
         self._decoded, self._lock = collections.OrderedDict(), threading.Lock()
@@ -4180,7 +4196,7 @@ class TiffImage(FilePicture):
             self._check_opaque(page.extrasamples.index(1) - len(page.extrasamples))
 
     def _find_blank(self):
-        """Return the value of pixels without data that GDAL names, None if it is none of the type."""
+        """Return the value of GDAL_NODATA, or None if there is none or it does not fit in the type."""
         text = next((tag.value for tag in self._tags if tag.code == GDAL_NODATA and tag.type == 2), b'')
         with contextlib.suppress(ValueError, OverflowError):
             words = text.rstrip(b'\0 ')
@@ -4194,14 +4210,14 @@ class TiffImage(FilePicture):
         return None
 
     def _check_opaque(self, sample):
-        """Raise RmgradientError unless alpha, that colors are multiplied by, is the largest value everywhere."""
+        """Raise RmgradientError unless associated alpha is opaque everywhere."""
         opaque = range_of(self.dtype)[1] if self.dtype.kind in 'ui' else 1.0
         if not all((self.read(start, stop)[..., sample] == opaque).all() for start, stop in row_groups(self.shape[0])):
             raise RmgradientError('colors are multiplied by alpha; save without transparency, or with '
                                   'unassociated alpha')
 
     def _read_layout(self, entries):
-        """Return a tifffile.TiffPage made from the tags of the layout alone."""
+        """Return a tifffile.TiffPage made only from the tags of the layout."""
         file, tags = self._bytes, {}
         for code, type_, count, offset in entries:
             if code in LAYOUT_TAGS and type_ in TYPE_SIZES:
@@ -4237,7 +4253,7 @@ class TiffImage(FilePicture):
             return invert(window) if self._photometric == 0 else window
 
     def _segment_rows(self, index, start, stop, n_segments):
-        """Return rows of a strip or tile, counted from its top, of which the caller needs `n_segments`."""
+        """Return rows of a strip or tile, counted from its top. The caller needs `n_segments` in all."""
         if not self._is_plain:
             return self._decode_once(index, n_segments)[start:stop]
         dtype = self.dtype.newbyteorder(self._bytes.byteorder)
@@ -4248,7 +4264,7 @@ class TiffImage(FilePicture):
         return np.frombuffer(data, dtype).reshape(stop - start, width, samples)
 
     def _decode_once(self, index, n_segments):
-        """Return a decoded segment; the last ones are kept, since groups of rows and segments overlap."""
+        """Return a decoded segment. The last ones are kept, since groups of rows and segments overlap."""
         with self._lock:
             future = self._decoded.pop(index, None)
             if is_new := future is None:
@@ -4269,7 +4285,7 @@ class TiffImage(FilePicture):
         n_samples = self.n_samples if kind == 'output' else self.shape[2]
         size = self.shape[0] * self.shape[1] * n_samples * self.dtype.itemsize
         size += sum(len(tag.value) for tag in self._tags)
-        # Deflate makes noise no more than a little longer; 64 MB are left for that and for the tags.
+        # Deflate makes noise slightly longer. 64 MB are enough for this and for the tags.
         bigtiff = self._bytes.bigtiff or size > 2**32 - 2**26
         predictor = predictor_for(self.dtype) if settings.compress else 1
         stored = self.dtype.newbyteorder(self._bytes.byteorder)
@@ -4280,12 +4296,12 @@ class TiffImage(FilePicture):
             return encode_strip(strip, stored, predictor, settings.compress)
 
         offsets, sizes = [], []
-        file.write(pack_head(self._bytes.byteorder, bigtiff))  # the one that leads somewhere comes last
+        file.write(pack_head(self._bytes.byteorder, bigtiff))  # the final one, with the offset, is written last
         for data in self.each_strip(encoding, settings.rows):
             offsets.append(file.tell())
             sizes.append(file.write(data))
             if sizes[-1] % 2:
-                file.write(b'\0')  # values begin at even offsets
+                file.write(b'\0')  # values start at even offsets
         end, place = file.tell(), LONG8 if bigtiff else LONG
         structure = self._structure(n_samples) | {
             'Compression': (SHORT, [8 if settings.compress else 1]), 'StripOffsets': (place, offsets),
@@ -4300,14 +4316,14 @@ class TiffImage(FilePicture):
         file.write(pack_head(self._bytes.byteorder, bigtiff, end))
 
     def _structure(self, n_samples):
-        """Return {name: (type, values)} of the tags that say what the pixels are."""
+        """Return {name: (type, values)} of the tags that describe the pixels."""
         height, width, _ = self.shape
         structure = {'ImageWidth': (LONG, [width]), 'ImageLength': (LONG, [height]),
                      'BitsPerSample': (SHORT, [self.dtype.itemsize * 8] * n_samples),
                      'PhotometricInterpretation': (SHORT, [self._photometric]),
                      'SamplesPerPixel': (SHORT, [n_samples]), 'PlanarConfiguration': (SHORT, [1]),
                      'SampleFormat': (SHORT, ['uif'.index(self.dtype.kind) + 1] * n_samples)}
-        n_colors = 3 if self._photometric == 2 else 1  # further ones are extra samples, also if they are bands
+        n_colors = 3 if self._photometric == 2 else 1  # other bands are written as extra samples
         if n_samples > n_colors and self._extra_samples:
             structure['ExtraSamples'] = SHORT, self._extra_samples[:n_samples - n_colors]
         return structure
@@ -4318,7 +4334,7 @@ class TiffImage(FilePicture):
         return Tag(tifffile.TIFF.TAGS[name], type_, len(values), data)
 
     def _read_tags(self, entries, inside=None):
-        """Return the tags of the first directory, or inside of one, worth keeping, byte for byte."""
+        """Return the tags to keep of the first directory or of a sub-directory, byte for byte."""
         tags = []
         for code, type_, count, offset in entries:
             if inside is None and code in STRUCTURE_TAGS | STALE_TAGS:
@@ -4341,7 +4357,7 @@ class TiffImage(FilePicture):
         return tags
 
     def _count_pictures(self, directory):
-        """Return how many further pages are pictures: neither reduced ones nor levels of a pyramid."""
+        """Return how many other pages are pictures, not thumbnails or levels of a pyramid."""
         height, width, _ = self.shape
         n_pictures, seen = 0, {0, self._bytes.first}
         while directory not in seen and len(seen) < 10000:
@@ -4360,10 +4376,10 @@ class TiffImage(FilePicture):
 
 
 def first_of_stack(tags, n_pages, n_values, most):
-    """Return tags that hold of the first plane alone, and the number of pages or of planes they tell of.
+    """Return the tags that are valid for the first plane alone, and the number of planes or pages.
 
-    A plane has n_values; tags that tell of more planes than `most` are wrong. ImageJ and MetaMorph write a
-    stack as one page, and tifffile and OME describe all pages in the first.
+    A plane has n_values. Tags that describe more planes than `most` are wrong. ImageJ and MetaMorph write a stack as
+    one page. tifffile and OME describe all pages in the first.
     """
     text = next((tag.value for tag in tags if tag.code == DESCRIPTION and tag.type == 2), b'')
     n_planes = next((tag.count for tag in tags if tag.code == METAMORPH[1]), 1)
@@ -4383,24 +4399,24 @@ def first_of_stack(tags, n_pages, n_values, most):
 
 
 def invert(rows):
-    """Turn the gray of a picture whose zero is white into one whose zero is black, and back; alpha stays."""
+    """Invert the gray of a picture whose zero is white, or back. Alpha is not changed."""
     gray = rows[..., :1]
     return np.concatenate([1 - gray if rows.dtype.kind == 'f' else ~gray, rows[..., 1:]], axis=-1)
 
 
 def predictor_for(dtype):
-    """Return the predictor to compress with: differences of integers, or bytes of floats.
+    """Return the predictor for compression: differences of integers, or bytes of floats.
 
-    Programs disagree about differences of 64 bit integers.
+    There is none for 64 bit integers, since programs disagree about their differences.
     """
     return 3 if dtype.kind == 'f' else 2 if dtype.itemsize < 8 else 1
 
 
 def encode_strip(strip, stored, predictor, level):
-    """Return the bytes of a (n_rows, width, n_samples) strip in the dtype of a file; level 0: no compression.
+    """Return the bytes of a (n_rows, width, n_samples) strip in the dtype of a file. Level 0 is no compression.
 
-    tifffile writes strips, too, but neither rational numbers nor resolutions nor sub-directories byte for byte, so
-    that the whole file is put together here.
+    tifffile could write strips, but it does not keep rational numbers, resolutions and sub-directories byte for byte.
+    So the whole file is written here.
     """
     if predictor == 2:
         strip = imagecodecs.delta_encode(np.ascontiguousarray(strip), axis=-2)
@@ -4411,19 +4427,19 @@ def encode_strip(strip, stored, predictor, level):
 
 
 def is_shape(tag):
-    """Whether a Tag is tifffile's description of a shape, which holds no longer if samples are stored otherwise."""
+    """Whether a Tag is tifffile's description of the shape. It is wrong if samples are stored in another way."""
     return tag.code == DESCRIPTION and tag.type == 2 and tag.value.startswith(b'{"shape"')
 
 
 def first_samples(tag, n_samples):
-    """Return a Tag of a value a sample cut to the first samples, and others as they are."""
+    """Cut a Tag with one value for each sample to the first samples. Return other tags as they are."""
     if tag.code not in PER_SAMPLE_TAGS or tag.count <= n_samples:
         return tag
     return tag._replace(count=n_samples, value=tag.value[:n_samples * TYPE_SIZES[tag.type]])
 
 
 def check_layout(structure):
-    """Refuse {code: values} of structure that tifffile would guess, correct or stumble over."""
+    """Refuse {code: values} of structure that tifffile would guess or correct, or where it fails."""
     for code, name in ((256, 'width'), (257, 'height'), (262, 'kind of colors')):
         if code not in structure:
             raise Damage(f'no {name} given')
@@ -4437,7 +4453,7 @@ def check_layout(structure):
 
 
 def check_page(page):
-    """Refuse a tifffile.TiffPage whose pixels are of a kind that is not processed."""
+    """Refuse a tifffile.TiffPage with unsupported pixels."""
     colors, dtype, bits = 3 if page.photometric == 2 else 1, page.dtype, page.bitspersample
     if page.photometric not in (0, 1, 2):
         kind = NAMES_OF_COLORS.get(int(page.photometric), f'of unknown kind {int(page.photometric)}')
@@ -4472,7 +4488,7 @@ def check_page(page):
 def count_colors(page):
     """Return how many samples of a tifffile.TiffPage are colors.
 
-    Programs for maps write bands as gray with unspecified extra samples: three or more of these are all colors.
+    Programs for maps write bands as gray with unspecified extra samples. Three or more of these all count as colors.
     """
     n_colors = 3 if page.photometric == 2 else 1
     if page.photometric != 1 or page.samplesperpixel < 3:
@@ -4492,7 +4508,7 @@ def grid_of_segments(page):
 
 
 def check_segments(page, file_size):
-    """Refuse a tifffile.TiffPage without all of its segments, which tifffile would read as zeros."""
+    """Refuse a tifffile.TiffPage with missing segments, which tifffile would read as zeros."""
     height, width, planes, down, across = grid_of_segments(page)
     offsets, sizes = page.dataoffsets, page.databytecounts
     if not len(offsets) == len(sizes) == across * down * planes:
@@ -4517,10 +4533,10 @@ def check_segments(page, file_size):
 # ---- FITS ----------------------------------------------------------------------------------------
 
 FITS_BLOCK, FITS_CARD = 2880, 80  # bytes
-MOST_CARDS, MOST_HEADERS = 36000, 100  # of a header, and headers before the picture: beyond is damage
+MOST_CARDS, MOST_HEADERS = 36000, 100  # in a header, and headers before the picture: more is damage
 MOSAIC_CARDS = 'BAYERPAT', 'COLORTYP', 'CFAPAT', 'CFATYPE', 'BAYER', 'XBAYROFF'  # programs name raw colors so
-MOST_PACKED = 3000  # times as large: more than any compression of the standard gains
-MOST_GZIPPED, LEAST_GZIPPED = 50, 2**30  # times as large, if that is more than a GiB: no picture gains as much
+MOST_PACKED = 3000  # largest compression ratio: more than any compression of the standard has
+MOST_GZIPPED, LEAST_GZIPPED = 50, 2**30  # largest compression ratio, for pictures of more than so many bytes
 STALE_CARDS = {b'DATAMIN ', b'DATAMAX ', b'CHECKSUM', b'DATASUM '}  # they describe the old pixels
 
 
@@ -4528,26 +4544,26 @@ class FitsHeader(NamedTuple):
     """A header of a FITS file, and the place of its data."""
 
     cards: list  # of 80 bytes, without END
-    valued: dict  # the first card of each keyword, of 8 bytes, that has a value in the standard's way
+    valued: dict  # {keyword of 8 bytes: its first card with a value}
     start: int
-    data: int  # where the data begin
+    data: int  # offset of the data
     axes: list = []  # lengths, the fastest first
-    end: int = 0  # of the data, without padding
+    end: int = 0  # offset of the end of the data, without padding
 
     def get(self, name, default=None):
-        """Return the value of a keyword, None if it is undefined."""
+        """Return the value of a keyword, or None if it is undefined."""
         card = self.valued.get(f'{name:8}'.encode())
         return default if card is None else parse_card(card)
 
     def whole_number(self, name, default=None):
-        """Return a value that is a whole number; Damage if it is none."""
+        """Return the value of a keyword if it is a whole number. Raise Damage if not."""
         value = self.get(name, default)
-        if type(value) is not int:  # bool is none
+        if type(value) is not int:  # also refuses bool
             raise Damage(f'{name} is {value!r}, not a whole number')
         return value
 
     def number(self, name, default):
-        """Return a value that is a finite number; Damage if it is none."""
+        """Return the value of a keyword if it is a finite number. Raise Damage if not."""
         value = self.get(name, default)
         if type(value) not in (int, float) or not math.isfinite(value):
             raise Damage(f'{name} is {value!r}, not a number')
@@ -4555,7 +4571,7 @@ class FitsHeader(NamedTuple):
 
     @property
     def is_picture(self):
-        """Whether the data are an array of two or more dimensions, compressed or not."""
+        """Whether the data are an array of at least two dimensions, compressed or not."""
         is_array = self.start == 0 or str(self.get('XTENSION')).strip() == 'IMAGE'
         return self.get('ZIMAGE') is True or is_array and len(self.axes) > 1 and math.prod(self.axes) > 0
 
@@ -4563,7 +4579,7 @@ class FitsHeader(NamedTuple):
 def parse_card(card):
     """Return the value of a card of 80 bytes: bool, int, float or str, or None if it is undefined.
 
-    What is written in no way of the standard is returned as text.
+    A value that does not follow the standard is returned as text.
     """
     text = card[10:].decode('ascii', 'replace')
     if quoted := re.match(r" *'((?:[^']|'')*)'", text):
@@ -4579,7 +4595,7 @@ def parse_card(card):
 
 
 def read_header(file, start):
-    """Return the FitsHeader at an offset of a RandomAccess; Damage if there is none, or its data are cut."""
+    """Return the FitsHeader at an offset of a RandomAccess. Raise Damage if there is none, or its data are cut."""
     cards, n = [], FITS_BLOCK // FITS_CARD
     while not any(ends := [card.rstrip() == b'END' for card in cards[-n:]]):
         if len(cards) == MOST_CARDS:
@@ -4608,7 +4624,7 @@ def read_header(file, start):
 
 
 def gunzip(path):
-    """Return a temporary file of what is in a gzip file, if that is a FITS file."""
+    """Unpack a FITS file from a gzip file. Return a temporary file."""
     import gzip
     import tempfile
     target = tempfile.TemporaryFile()  # noqa: SIM115
@@ -4637,9 +4653,9 @@ def gunzip(path):
 
 
 def unpack_in_child(file):
-    """Return a temporary file of the first image that is compressed in a table of a FITS file.
+    """Unpack the first compressed image of a FITS file. Return a temporary file.
 
-    Done by another process: the library writes beyond its memory if a damaged file tells it to.
+    Another process does it, since the library can write beyond its memory if a file is damaged.
     """
     import subprocess
     import tempfile
@@ -4651,7 +4667,7 @@ def unpack_in_child(file):
             'spec.loader.exec_module(module); module.unpack_image(sys.stdin.buffer, sys.stdout.buffer)')
     try:
         file.seek(0)
-        with tempfile.TemporaryDirectory() as home:  # astropy wants to keep its settings somewhere
+        with tempfile.TemporaryDirectory() as home:  # astropy needs a folder for its settings
             places = dict.fromkeys(('HOME', 'XDG_CONFIG_HOME', 'XDG_CACHE_HOME'), home)
             done = subprocess.run([sys.executable, '-c', code, os.path.abspath(__file__)], stdin=file, stdout=target,
                                   stderr=subprocess.DEVNULL, env=os.environ | places)
@@ -4664,9 +4680,9 @@ def unpack_in_child(file):
 
 
 def unpack_image(file, target):
-    """Write the first image that is compressed in a table of a FITS file into another, as a plain FITS file.
+    """Write the first compressed image of a FITS file as a plain FITS file.
 
-    Memory: a few rows, and the tiles of the compression that have them.
+    Memory: a few rows, and the tiles of the compression that include them.
     """
     from astropy.io import fits
     with warnings.catch_warnings(action='ignore'), fits.open(file, do_not_scale_image_data=True) as hdus:
@@ -4689,17 +4705,17 @@ def unpack_image(file, target):
 
 
 def padded(size):
-    """Return how many bytes the blocks take that hold as many."""
+    """Round a number of bytes up to whole blocks of FITS."""
     return -(-size // FITS_BLOCK) * FITS_BLOCK
 
 
 class FitsImage(FilePicture):
     """An open FITS picture: the primary array, or the first image extension if that is empty.
 
-    Gray or of three planes; files packed by gzip or fpack are unpacked into a temporary file. Where values are
-    scaled, other than by the offset that makes integers unsigned, `read` gives the stored ones. Those of a negative
-    scale are inverted, so that light is positive. Rows are counted as they are stored. The standard: Pence et al.
-    2010, Astronomy and Astrophysics 524, A42.
+    It is gray or has three planes. Files packed by gzip or fpack are unpacked into a temporary file. `read` returns
+    stored values, but applies the offset that makes integers unsigned. With a negative scale, values are inverted, so
+    that light is positive. Rows are counted in the order of the file. Standard: Pence et al. 2010, Astronomy and
+    Astrophysics 524, A42.
     """
 
     format, endings, _is_inverted = 'FITS', ('.fits', '.fit', '.fts'), False
@@ -4721,7 +4737,7 @@ class FitsImage(FilePicture):
         kind = 'f' if bits < 0 else 'u' if bits == 8 else 'i'
         self._stored = np.dtype(f'>{kind}{abs(bits) // 8}')  # in the file
         self.dtype = self._stored.newbyteorder('=')
-        # The offset that makes integers unsigned, or bytes signed; with any other, stored values are corrected.
+        # This offset makes integers unsigned, or bytes signed. With any other offset, stored values are corrected.
         if has_sign := scale == 1 and zero == {8: -128, 16: 2**15, 32: 2**31, 64: 2**63}.get(bits):
             self.dtype = np.dtype(f'{"i" if kind == "u" else "u"}{self.dtype.itemsize}')
         else:
@@ -4749,7 +4765,7 @@ class FitsImage(FilePicture):
             except Exception:
                 if not found:
                     raise
-                break  # what is behind a picture is copied, whatever it is
+                break  # headers after the picture are copied unread
             start = padded(header.end)
             if start >= self._bytes.size:
                 break
@@ -4769,7 +4785,7 @@ class FitsImage(FilePicture):
                 text = b''.join(self._header.cards).decode('ascii', 'replace')
                 wcs = astropy.wcs.WCS(astropy.io.fits.Header.fromstring(text)).celestial
                 usable = wcs.has_celestial and abs(np.linalg.det(wcs.pixel_scale_matrix)) > 0
-        except Exception as error:  # of the library on odd headers
+        except Exception as error:  # astropy raises several on odd headers
             raise NotRegistered('its coordinates in the sky (WCS) can not be read') from error
         if not usable:
             raise NotRegistered('its coordinates in the sky (WCS) can not be used')
@@ -4779,7 +4795,7 @@ class FitsImage(FilePicture):
         height, width, planes = self.shape
         n_columns, item = (right or width) - left, self._stored.itemsize
         window = np.empty((stop - start, n_columns, planes), self._stored.newbyteorder('='))
-        step = stop - start if n_columns == width else 1  # rows that are read at once
+        step = stop - start if n_columns == width else 1  # rows that are read in one call
         for plane, row in itertools.product(range(planes), range(0, stop - start, step)):
             first = (plane * height + start + row) * width + left
             with self._damage():
@@ -4792,7 +4808,7 @@ class FitsImage(FilePicture):
         return -values if values.dtype.kind == 'f' else ~values
 
     def _unpack(self, header):
-        """Unpack an image that is compressed in a table, as by fpack, and open the result."""
+        """Unpack an image compressed by fpack, and open the result."""
         axes = [header.whole_number(f'ZNAXIS{i + 1}') for i in range(header.whole_number('ZNAXIS'))]
         size = math.prod(axes) * abs(header.whole_number('ZBITPIX')) // 8
         if not 0 < size <= MOST_PACKED * self._bytes.size:
@@ -4807,8 +4823,8 @@ class FitsImage(FilePicture):
     def write(self, file, strip_at, kind, settings):
         """Write strips as a FITS like this one into a seekable file, see `FilePicture.write`.
 
-        All other headers and data are copied, and all cards but those that describe the old pixels; a HISTORY
-        card is new. There are no strips in it, and there is no compression.
+        All other headers and data are copied. Cards are copied, except those that describe the old pixels. A HISTORY
+        card is added. The file is not compressed.
         """
         header, height = self._header, self.shape[0]
         cards, is_stale = [], False
@@ -4846,7 +4862,7 @@ class FitsImage(FilePicture):
 
 
 def turn_sign(values, dtype):
-    """Return integers in a dtype of the same size, offset by half their range if that has another sign."""
+    """Convert integers to a dtype of the same size. If the sign differs, add half of their range."""
     if values.dtype == dtype:
         return values
     unsigned = values.view(f'u{dtype.itemsize}')
@@ -4855,7 +4871,7 @@ def turn_sign(values, dtype):
 
 # ---- Formats -------------------------------------------------------------------------------------
 
-# What else users have, by its first bytes, and the way out.
+# Other files, by their first bytes, and how to convert them.
 OTHER_FORMATS = {
     rb'\xff\xd8\xff': 'a JPEG picture; convert it, as by: convert FILE STEM.tif (ImageMagick)',
     rb'\x89PNG': 'a PNG picture; convert it, as by: convert FILE STEM.tif (ImageMagick)',
@@ -4873,7 +4889,10 @@ ENDINGS = {'TIFF': TiffImage.endings, 'FITS': FitsImage.endings, 'JPEG': ('.jpg'
 
 
 def open_picture(path: str | os.PathLike[str]) -> Picture:
-    """Open a TIFF or FITS picture; RmgradientError says what else a file is, and the way out."""
+    """Open a TIFF or FITS picture. Close it, or use it in a `with` statement.
+
+    Raises RmgradientError for other files, and says how to convert them.
+    """
     path = os.fspath(path)
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise RmgradientError('is not a regular file')
@@ -4893,7 +4912,7 @@ def open_picture(path: str | os.PathLike[str]) -> Picture:
 
 
 def check_output(picture, path, compress):
-    """Raise RmgradientError if an output can't be as the picture is: by its ending, or compressed."""
+    """Raise RmgradientError if the ending of an output, or the compression, does not fit the format."""
     if compress and not picture.can_compress:
         raise RmgradientError(f'{picture.format} is written without compression; leave out --compress')
     ending = os.path.splitext(path)[1].lower()
@@ -4906,7 +4925,7 @@ def check_output(picture, path, compress):
 # ---- Files ---------------------------------------------------------------------------------------
 
 def check_paths(inputs, outputs, overwrite):
-    """Raise RmgradientError if an output can't be written or would harm an input or another output."""
+    """Raise RmgradientError if an output cannot be written, or would damage an input or another output."""
     sources = {_identity(path): path for path in inputs if os.path.exists(path)}
     places = {}
     for path in outputs:
@@ -4939,30 +4958,30 @@ def check_paths(inputs, outputs, overwrite):
 
 
 def _identity(path):
-    """Return device and number of a file, which are the same whatever it is called."""
+    """Return device and inode of a file, which do not depend on its name."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
 def _may_replace(path, folder):
-    """Whether a file is ours to replace; in a sticky folder those of others are not."""
+    """Whether we may replace a file. In a sticky folder, files of others may not be replaced."""
     owners = 0, os.stat(path).st_uid, os.stat(folder).st_uid
     is_sticky = os.stat(folder).st_mode & stat.S_ISVTX
     return not is_sticky or not hasattr(os, 'geteuid') or os.geteuid() in owners
 
 
 def is_device(path):
-    """Whether a path is a device, which is written to instead of replaced."""
+    """Whether a path is a device. Devices are written to, not replaced."""
     return os.path.exists(path) and stat.S_ISCHR(os.stat(path).st_mode)
 
 
 @contextlib.contextmanager
 def whole_files(outputs, overwrite):
-    """Give files to write, {key: file} for {key: path}, that appear complete when the block ends well, or not at all.
+    """Yield files to write, {key: file} for {key: path}. They appear complete at the end of the block, or not at all.
 
-    The paths are checked by `check_paths`. A file has a hidden random name in the folder of its path until all of them
-    are complete and synchronized. A symbolic link stays, and the file that it points to is written. If files may not
-    be replaced, one that appears meanwhile is left alone, and is an error.
+    `check_paths` checks the paths. Each file has a hidden random name in the folder of its path until all files are
+    complete and synchronized. A symbolic link stays, and its target is written. If files may not be replaced, a file
+    that appears meanwhile is an error.
     """
     with contextlib.ExitStack() as stack:
         files, hidden = {}, {}
@@ -4974,7 +4993,7 @@ def whole_files(outputs, overwrite):
                     name = hidden[path] = os.path.join(folder, f'.rmgradient-{os.urandom(8).hex()}')
                     mode, flags = 0o600 if os.path.exists(path) else 0o666, flags | os.O_CREAT | os.O_EXCL
                 if path in hidden:
-                    stack.callback(_remove, name)  # before it is there: a signal may come at any time
+                    stack.callback(_remove, name)  # before the file exists: a signal may come at any time
                 descriptor = os.open(name, flags, mode)
                 files[key] = os.fdopen(descriptor, 'w+b')
                 stack.callback(_close, files[key])
@@ -4986,7 +5005,7 @@ def whole_files(outputs, overwrite):
                     os.fsync(files[key].fileno())
                 files[key].close()
         signals = []
-        # Nothing interrupts the moment in which files get their names; what came is done then.
+        # Signals wait until all files have their names.
         with signals_handled(lambda number, _: signals.append(number)):
             for path, name in hidden.items():
                 with about(path):
@@ -4999,14 +5018,14 @@ def whole_files(outputs, overwrite):
 
 
 def _publish(name, path, overwrite):
-    """Give a complete file its path, which nothing has, or which may be replaced; it may keep its hidden name."""
+    """Give a complete file its path. Its hidden name may remain."""
     try:
         if not (overwrite and os.path.exists(path)):
             return _link(name, path)
-    except FileExistsError:  # it appeared meanwhile
+    except FileExistsError:  # a file with this name appeared meanwhile
         if not overwrite:
             raise
-    # A file that is replaced leaves its owner where that is allowed, mode, access list and extended attributes.
+    # The new file gets mode, access list and extended attributes of the old file, and its owner where that is allowed.
     replaced = os.stat(path)
     for owner in (replaced.st_uid, -1):
         with contextlib.suppress(OSError, AttributeError):  # not allowed, or Windows
@@ -5018,14 +5037,14 @@ def _publish(name, path, overwrite):
 
 
 def _link(name, path):
-    """Give a file a path that nothing has."""
+    """Give a file a new name, unless a file has it."""
     try:
         os.link(name, path)
     except OSError as error:
-        # What systems say of file systems without links, such as exFAT: Linux, macOS, FUSE, Windows.
+        # Errors for file systems without links, such as exFAT: Linux, macOS, FUSE, Windows.
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise
-        if os.path.lexists(path):  # not safe in a race, but the best there is
+        if os.path.lexists(path):  # another program could create it after this test
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
         os.rename(name, path)
 
@@ -5036,49 +5055,49 @@ def _remove(path):
 
 
 def _sync_folder(folder):
-    """Make new names in a folder durable, where the system can: not on Windows, nor if it can't be read."""
+    """Make new names in a folder durable. This does nothing on Windows, and in folders that cannot be read."""
     if not hasattr(os, 'O_DIRECTORY') or not os.access(folder, os.R_OK):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that has no such thing
+        if error.errno != errno.EINVAL:  # the file system does not support it
             raise
     finally:
         os.close(descriptor)
 
 
 def _close(file):
-    """Close a file on the way out; what it still holds is of no use to anybody if that fails."""
+    """Close a file that is not needed, and ignore errors."""
     with contextlib.suppress(OSError):
         file.close()
 
 
 # ---- Display -------------------------------------------------------------------------------------
 
-MASK_TINT = 0.0, 0.25, 0.1  # color added to masked areas
+MASK_TINT = 0.0, 0.25, 0.1  # color added to areas that are not measured
 
 
 class Binned(NamedTuple):
     """A window of a picture in larger pixels, for the screen."""
 
-    values: np.ndarray  # (height, width, n_channels) float64: means of the finite pixels of a few rows, NaN without
-    factor: int  # how many pixels became one
-    untouched: np.ndarray  # (height, width) bool: pixels that stay as they are, see `Picture.untouched`
+    values: np.ndarray  # (height, width, n_channels) float64: means of finite pixels of a few rows; NaN if none is
+    factor: int  # pixels along a side of a large pixel
+    untouched: np.ndarray  # (height, width) bool: pixels that are not changed, see `Picture.untouched`
     masked: np.ndarray | None  # (height, width) bool; None without a mask
 
 
 def read_binned(picture, window=None, n=1000):
-    """Return a window of a picture Binned to about n x n pixels at most.
+    """Return a window of a picture, Binned to at most about n x n pixels.
 
-    The window is left, right, top, bottom; by default, it is the whole picture.
+    The window is (left, right, top, bottom), by default the whole picture.
     """
     left, right, top, bottom = window or (0, picture.shape[1], 0, picture.shape[0])
     factor, columns = max(1, -(-max(right - left, bottom - top) // n)), slice(left, right)
     edges, values, untouched, masked = np.arange(0, right - left, factor), [], [], []
     for start in range(top, bottom, factor):
-        # Few rows of each block are read, so that a large picture opens as fast as a small one.
+        # Only a few rows of each block are read, so that a large picture opens as fast as a small one.
         rows = slice(start, min(start + min(factor, 4 if factor < 8 else 1), bottom))
         samples = picture.read(rows.start, rows.stop, left, right)
         color = samples[..., :picture.shape[2]].astype(float)
@@ -5093,7 +5112,7 @@ def read_binned(picture, window=None, n=1000):
 
 
 def correct_binned(correction, binned, background):
-    """Return the values of a Binned picture without its background, and where they became black and white, bool."""
+    """Return the corrected values of a Binned picture, and where they became black and where white, bool."""
     dtype = correction.picture.dtype
     lowest, highest = range_of(dtype) if dtype.kind in 'ui' else (0, 1)
     with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
@@ -5106,16 +5125,16 @@ def correct_binned(correction, binned, background):
 
 
 def in_colors(picture):
-    """Return a picture of any number of channels, in 0 ... 1, as red, green and blue."""
+    """Return a picture with values in 0 ... 1 as red, green and blue."""
     n_channels = picture.shape[2]
     return picture[..., :3].copy() if n_channels >= 3 else np.repeat(picture[..., :1], 3, axis=2)
 
 
 def stretch_midtones(picture, like=None):
-    """Return a picture in 0 ... 1, stretched so that faint light shows, with one curve for all channels.
+    """Stretch a picture to 0 ... 1 so that faint light is visible, with one curve for all channels.
 
-    The screen transfer function of astronomers, of this picture or of another, `like`: black 2.8 deviations
-    (see `robust_std`) below the median, and the midtones transfer function that takes the median to 1/4.
+    This is the usual screen transfer function. Black is 2.8 standard deviations (see `robust_std`) below the median. A
+    midtones transfer function maps the median to 1/4. If `like` is another picture, its curve is used.
     """
     values = (picture if like is None else like).ravel()
     most = values.max(where=np.isfinite(values), initial=-np.inf)
@@ -5133,7 +5152,7 @@ def stretch_midtones(picture, like=None):
 
 
 def draw_points(axes, points, bad, radius):
-    """Draw points, bad ones red, rings as far as the blur reaches, and isolines. Return these, points last."""
+    """Draw points (bad ones red), rings around the averaged areas, and isolines. Return the artists, points last."""
     from matplotlib.collections import EllipseCollection, LineCollection
     colors = np.where(np.isin(np.arange(len(points.x)), bad), 'red', 'orange')
     measured = ~points.on_isoline
@@ -5146,14 +5165,14 @@ def draw_points(axes, points, bad, radius):
 
 
 def number_points(axes, points, colors, misfits):
-    """Write the number of each point beside it, in its color, unless it would cover another number.
+    """Write the number of each point next to it, in its color, unless it would cover another number.
 
-    The numbers of misfits come first: these are what people look for.
+    Misfits get their numbers first: users look for these.
     """
     from matplotlib.patheffects import withStroke
     outline, taken = [withStroke(linewidth=2, foreground='black')], np.empty((0, 4))
-    axes.apply_aspect()  # places on paper are final then
-    places = axes.transData.transform(points.centers) * 72 / axes.figure.dpi  # in typographic points, as sizes of text
+    axes.apply_aspect()  # now places on the figure are final
+    places = axes.transData.transform(points.centers) * 72 / axes.figure.dpi  # typographic points, as text sizes
     for i in sorted(range(len(places)), key=lambda i: i not in misfits):
         text, (x, y) = str(i + 1), places[i]
         width, height = 5.2 * len(text) + 1, 8.0  # of 8 point digits, and a gap
@@ -5169,8 +5188,8 @@ def number_points(axes, points, colors, misfits):
 def draw_preview(file, kind, picture, correction):
     """Draw the picture with its points, the background with contour lines, and the result into a binary file.
 
-    Kind is 'png', 'pdf' or 'svg'. Points that do not fit are red, and what became black is blue. Raises RmgradientError
-    if it can't be drawn.
+    Kind is 'png', 'pdf' or 'svg'. Points that do not fit are red. Pixels that became black are blue. Raises
+    RmgradientError if matplotlib fails.
     """
     with default_style():
         try:
@@ -5178,8 +5197,8 @@ def draw_preview(file, kind, picture, correction):
             figure.savefig(file, format=kind, dpi=130)
         except (MemoryError, OSError):
             raise
-        except Exception as error:  # of matplotlib, which has many
-            if isinstance(error, ValueError) and 'array' in str(error):  # arrays that find no memory
+        except Exception as error:  # matplotlib raises many types
+            if isinstance(error, ValueError) and 'array' in str(error):  # not enough memory for an array
                 raise MemoryError from error
             raise RmgradientError(f'can not be drawn by matplotlib ({type(error).__name__})') from error
 
@@ -5197,7 +5216,7 @@ def preview_figure(picture, correction):
     panel = 6 * np.array([width, height]) / max(width, height)
     grid = (3, 1) if width > 2.5 * height else (1, 3)
     size = np.maximum(panel, 2.5) * grid[::-1] + 1
-    figure, (left, bottom) = Figure(figsize=size), 0.6 / size  # a layout by matplotlib takes long
+    figure, (left, bottom) = Figure(figsize=size), 0.6 / size  # a layout by matplotlib would take long
     figure.subplots_adjust(left, bottom, 1 - left / 4, 1 - bottom / 1.5, 0.04, 0.15)
     stretched = [in_colors(each) for each in (
         stretch_midtones(before), stretch_midtones(background, before), stretch_midtones(after))]
@@ -5224,7 +5243,7 @@ def preview_figure(picture, correction):
 
 
 def draw_contours(axes, background, factor):
-    """Draw contour lines of a binned background, (height, width), with numbers, unless it is flat."""
+    """Draw contour lines of a binned background, (height, width), with their levels, unless it is flat."""
     if np.ptp(background) <= 1e-9 * np.abs(background).max() or min(background.shape) < 2:
         return
     y, x = (factor * (np.arange(n) + 0.5) - 0.5 for n in background.shape)
@@ -5232,16 +5251,16 @@ def draw_contours(axes, background, factor):
     middle = np.array([x.mean(), y.mean()])
     places = [min(path.vertices, key=lambda place: np.hypot(*(place - middle)))
               for path in lines.get_paths() if len(path.vertices)]
-    # A line that comes no closer to the middle has no number: the border would cut it.
+    # Lines near the border get no label: the border would cut it.
     places = [place for place in places if (np.abs(place - middle) < 0.43 * np.array([np.ptp(x), np.ptp(y)])).all()]
     axes.clabel(lines, fontsize=7, fmt=lambda value: in_words([value]), manual=places)
 
 
 def load_matplotlib():
-    """Raise RmgradientError if matplotlib is missing or fails to load. A preview needs no backend, which may be bad."""
+    """Load matplotlib, without the backend of the user, which may fail. Raise RmgradientError if it is missing."""
     named = os.environ.pop('MPLBACKEND', None)
     try:
-        with no_warnings():  # of settings
+        with no_warnings():  # about settings of the user
             import matplotlib
             import matplotlib.figure  # noqa: F401
     except Exception as error:
@@ -5253,20 +5272,20 @@ def load_matplotlib():
 
 @contextlib.contextmanager
 def default_style():
-    """Draw with the settings that matplotlib comes with: those of the user can be such that nothing can be drawn."""
+    """Draw with the default settings of matplotlib: with some settings of users, drawing fails."""
     import matplotlib
-    with no_warnings(), matplotlib.rc_context():  # warnings of glyphs that fonts do not have
+    with no_warnings(), matplotlib.rc_context():  # warnings about missing glyphs
         matplotlib.rcdefaults()  # all but the backend
         matplotlib.rcParams['toolbar'] = 'toolbar2'
         yield
 
 
 def choose_toolkit():
-    """Make matplotlib use a toolkit with windows, or raise RmgradientError that says what is missing."""
+    """Make matplotlib use a toolkit with windows. Raise RmgradientError if none can be used."""
     load_matplotlib()
     import matplotlib
     from matplotlib.backend_bases import NavigationToolbar2
-    # The toolbar would save the figure instead of the points, and move the panels.
+    # These buttons would save the figure instead of the points, and move the panels.
     NavigationToolbar2.toolitems = [each for each in NavigationToolbar2.toolitems
                                     if each[0] not in ('Save', 'Subplots')]
     named, displays = os.environ.get('MPLBACKEND'), ('DISPLAY', 'WAYLAND_DISPLAY')
@@ -5274,31 +5293,65 @@ def choose_toolkit():
         raise RmgradientError('--edit needs a display; without one, MPLBACKEND=WebAgg uses a browser; run: '
                               f'{how_to_install("tornado")}')
     for backend in [named] if named else ['TkAgg', 'QtAgg']:
-        with contextlib.suppress(Exception):  # of the toolkits, each raises its own
+        with contextlib.suppress(Exception):  # each toolkit raises its own
             import matplotlib.pyplot as plt
             plt.switch_backend(backend)
             plt.close(plt.figure())
             if matplotlib.get_backend().lower() not in 'agg cairo pdf pgf ps svg template'.split():
                 return
     if named:
-        raise RmgradientError(f'--edit can not use MPLBACKEND={named}; leave it out, or install what it '
-                              'needs')
+        needed = how_to_install('tornado' if named.lower() == 'webagg' else 'PySide6')
+        raise RmgradientError(f'--edit cannot use MPLBACKEND={named}; unset it, or run: {needed}')
     if importlib.util.find_spec('_tkinter'):
         raise RmgradientError(f'--edit can not open the display {os.environ.get("DISPLAY", "")}')
     raise RmgradientError('--edit needs a toolkit for windows; run: apt install python3-tk, or: '
                           f'{how_to_install("PySide6")}')
 
 
+# For pages of WebAgg: keys go to the picture, also after a click on a button of the toolbar. No menu of file formats.
+PAGE_SCRIPT = """
+document.addEventListener('click', (event) => {
+    if (event.target.closest('button')) document.querySelector('[tabindex]').focus();
+});
+window.addEventListener('load', () => document.querySelector('select').remove());
+"""
+
+
+def show_window(figure):
+    """Show a figure in its window or browser page, until it is closed."""
+    import matplotlib
+    if matplotlib.get_backend().lower() != 'webagg':
+        matplotlib.pyplot.show(block=True)
+        return
+    # The show() of WebAgg does not end when the figure is closed, catches Ctrl-C, and can start a browser in a terminal.
+    import tornado.ioloop
+    from matplotlib.backends import backend_webagg as webagg
+    loop, server, manager = tornado.ioloop.IOLoop.current(), webagg.WebAggApplication, figure.canvas.manager
+    manager.ToolbarCls.toolitems = [each for each in manager.ToolbarCls.toolitems if each[0] != 'Download']
+    script = webagg.core.FigureManagerWebAgg.get_javascript()
+    if PAGE_SCRIPT not in script:
+        webagg.core.FigureManagerWebAgg.get_javascript = lambda: script + PAGE_SCRIPT
+
+    def close():
+        manager.set_window_title('Done: close this page, or reload it for the next picture')
+        loop.stop()
+
+    manager.destroy = close
+    server.initialize()
+    logger.info('open http://%s:%d in a browser; Ctrl-C stops', server.address, server.port)
+    loop.start()
+
+
 def _kind_of(points):
-    """Return what is known of Points besides their places."""
+    """Return the fields of Points that their coordinates do not include."""
     return {'least_shape': points.least_shape, 'is_chosen': points.is_chosen}
 
 
 class Editor:
-    """A window to set points by hand, with the background or the result beside the picture.
+    """A window to set points by hand. It shows the picture, and next to it the result or the background.
 
-    Starts with Points, or pairs (see `make_points`), of a Picture; save takes Points, writes them, and returns the
-    file's name. `accepted`: whether Enter closed it, which may save the points, too.
+    It starts with Points or pairs (see `make_points`) of a Picture. The function `save` writes Points and returns the
+    name of the file. `accepted` tells whether Enter closed the window.
     """
 
     saves_on_enter = False
@@ -5310,7 +5363,7 @@ class Editor:
         import matplotlib.pyplot as plt
         self.picture, self.settings, self._save = picture, settings, save
         self._title, self.correction = os.path.basename(picture.path), None
-        self._kept = _kind_of(points) if isinstance(points, Points) else {}  # what its pairs do not tell
+        self._kept = _kind_of(points) if isinstance(points, Points) else {}  # its pairs do not include this
         pairs = points.pairs if isinstance(points, Points) else points
         self.pairs, self.accepted, self._shows_result = np.asarray(pairs, float).reshape(-1, 2), False, True
         self._done, self._undone, self._saved, self._drawn = [], [], self.pairs, []
@@ -5324,7 +5377,7 @@ class Editor:
         self.figure.subplots_adjust(0.01, 0.12, 0.99, 0.95, 0.02)  # room for titles, however the picture is zoomed
         self.status = self.figure.supxlabel(self.HELP, fontsize=9)
         for text in (self.status, self.left.title, self.right.title):
-            text.set_parse_math(False)  # names of files may hold $
+            text.set_parse_math(False)  # names of files may contain $
         stretched, frame = self._stretch(self._binned.values), (-0.5, width - 0.5, height - 0.5, -0.5)
         self._images = [axes.imshow(stretched, cmap='gray', vmin=0, vmax=255, extent=frame,
                                     interpolation='nearest') for axes in self.figure.axes]
@@ -5332,16 +5385,17 @@ class Editor:
         if picture.bottom_up:
             self.left.invert_yaxis()
         for axes in self.figure.axes:
-            axes.set_axis_off()  # text takes longest to draw
+            axes.set_axis_off()  # drawing labels takes longest
         canvas = self.figure.canvas
         if canvas.manager:
             canvas.manager.set_window_title(f'rmgradient: {self._title}')
         if handler := getattr(canvas.manager, 'key_press_handler_id', None):
-            canvas.mpl_disconnect(handler)  # its keys are ours; the toolbar's buttons stay
+            canvas.mpl_disconnect(handler)  # its keys would conflict with ours; the buttons of the toolbar stay
         for event, react in (('button_press_event', self._press), ('motion_notify_event', self._drag),
-                             ('button_release_event', self._release), ('key_press_event', self._key)):
+                             ('button_release_event', self._release), ('figure_leave_event', self._release),
+                             ('key_press_event', self._key)):
             canvas.mpl_connect(event, react)
-        # One timer that fires once: what happens before it does is gathered, so that no refits pile up.
+        # One timer that fires once collects events, so that there is one refit for all of them.
         self.timer = canvas.new_timer(interval=30)
         self.timer.single_shot = True
         self.timer.add_callback(self.update)
@@ -5356,7 +5410,7 @@ class Editor:
         return stretched[..., 0] if stretched.shape[2] < 3 else stretched[..., :3]
 
     def _stretch_with_mask(self, binned):
-        """Return a Binned picture stretched as the whole one, with masked areas tinted."""
+        """Return a Binned picture, stretched like the whole picture, with masked areas tinted."""
         stretched = self._stretch(binned.values, self._binned.values)
         if binned.masked is not None and binned.masked.any():
             stretched = in_colors(np.atleast_3d(stretched))
@@ -5364,12 +5418,12 @@ class Editor:
         return stretched
 
     def points(self, least=3):
-        """Return the points that can be used, see `make_points`."""
+        """Return the valid points, see `make_points`."""
         points = make_points(np.delete(self.pairs, list(self.unusable), axis=0), least=least)
         return points._replace(**self._kept)
 
     def update(self):
-        """Measure what is new, fit, and draw."""
+        """Measure new points, fit, and draw."""
         unusable, self.misfits, self.correction = self.unusable, [], None
         self._read_window()
         try:
@@ -5395,11 +5449,11 @@ class Editor:
 
     @staticmethod
     def _without_advice(error):
-        """Return the message of an error without its way out, which the window may not have, such as an option."""
+        """Return the message of an error without its advice, which may be an option that the window does not have."""
         return str(error).partition('; ')[0]
 
     def _correct_shown(self):
-        """Correct the whole picture and the visible part, and find what is noticed about the values."""
+        """Correct the whole picture and the visible part, and make findings about the values."""
         binned = self._binned
         self._background, self._result, *limited = self._correct(binned, (0, 0))
         share = [math.prod(self.picture.shape[:2]) * each[~binned.untouched].sum() / each.size for each in limited]
@@ -5410,7 +5464,7 @@ class Editor:
             self._visible_background, self._visible_result, *_ = self._correct(self._visible, (left, top))
 
     def _correct(self, binned, corner):
-        """Return background and result of a Binned part of the picture, and where it became black and white."""
+        """Return background and result of a Binned part of the picture, and where it became black and where white."""
         model = self.correction.model.shrunk(binned.factor, *corner)
         background = model.evaluate(0, *binned.values.shape[:2])
         return background, *correct_binned(self.correction, binned, background)
@@ -5420,7 +5474,7 @@ class Editor:
 
     @property
     def unusable(self):
-        """{index: reason} of the points that can't be used; new places are measured."""
+        """{index: reason} of the points that cannot be used. New points are measured."""
         reasons, seen, leader = {}, set(), 0
         height, width, _ = self.picture.shape
         for i, (pair, place) in enumerate(zip(self.pairs, np.abs(self.pairs).astype(int).tolist())):
@@ -5438,7 +5492,7 @@ class Editor:
         return reasons
 
     def _measure(self, place):
-        """Return the Window of a place, or the reason why there is none, measured once."""
+        """Return the Window of a place, or the reason why there is none. Each place is measured once."""
         if place not in self._measured:
             point, settings = unchecked_points([place]), self.settings
             kernel = blur_kernel(settings.sigma)
@@ -5452,7 +5506,7 @@ class Editor:
         return self._measured[place]
 
     def _measure_points(self, points):
-        """Return Measured of usable points."""
+        """Return Measured of valid points."""
         places = points.centers.astype(int).tolist()
         return measured_from(points, {i: self._measure(tuple(place)) for i, place in enumerate(places)
                                       if not points.on_isoline[i]})
@@ -5471,7 +5525,7 @@ class Editor:
         self.right.set_title(name, fontsize=10)
 
     def _read_window(self):
-        """Show the visible part of the picture, with all of its pixels where they are few enough."""
+        """Read and show the visible part of the picture, with all of its pixels if they are few enough."""
         height, width, _ = self.picture.shape
         (x0, x1), (y0, y1) = sorted(self.left.get_xlim()), sorted(self.left.get_ylim())
         left, right = max(0, math.floor(x0)), min(width, math.ceil(x1) + 1)
@@ -5487,13 +5541,13 @@ class Editor:
                                   top + part.factor * height - 0.5, top - 0.5))
 
     def _change(self, pairs, before=None):
-        """Take pairs, and remember those before for undo."""
+        """Take new pairs, and keep the old ones for undo."""
         self._done.append(self.pairs if before is None else before)
         self.pairs, self._undone, self._asked = pairs, [], False
         self.timer.start()
 
     def _point_at(self, event):
-        """Return the index of the point at the pointer, within some ten pixels of the screen, or None."""
+        """Return the index of the point within ten screen pixels of the pointer, or None."""
         if event.xdata is None or not len(self.pairs):
             return None
         distances = np.hypot(*(np.abs(self.pairs) - [event.xdata, event.ydata]).T)
@@ -5502,7 +5556,9 @@ class Editor:
 
     def _press(self, event):
         if event.inaxes not in (self.left, self.right) or getattr(self.figure.canvas.toolbar, 'mode', ''):
-            return  # outside, or the toolbar's zoom or pan
+            return  # outside, or for zoom and pan of the toolbar
+        if event.dblclick:  # browsers send it after two clicks, and no release follows
+            return
         at, x, y = self._point_at(event), round(event.xdata), round(event.ydata)
         is_inside = 0 <= x < self.picture.shape[1] and 0 <= y < self.picture.shape[0]
         if event.button == 3 and at is not None:
@@ -5510,7 +5566,8 @@ class Editor:
         elif event.button == 1 and at is not None:
             self._dragged = at, self.pairs
         elif event.button == 1 and is_inside:
-            sign = -1.0 if event.key == 'shift' and len(self.pairs) else 1.0  # the first starts an isoline
+            is_shifted = event.key == 'shift' or 'shift' in event.modifiers  # pressed here, or outside the picture
+            sign = -1.0 if is_shifted and len(self.pairs) else 1.0  # the first starts an isoline
             self._change(np.vstack([self.pairs, [sign * x, sign * y]]))
 
     def _drag(self, event):
@@ -5527,7 +5584,7 @@ class Editor:
         self._dragged = None
 
     def _key(self, event):
-        key = (event.key or '').lower().replace('cmd', 'ctrl')
+        key = (event.key or '').replace('ctrl+Z', 'ctrl+shift+z').lower().replace('cmd', 'ctrl')
         self._release(None)
         try:
             if key in ('delete', 'backspace') and (at := self._point_at(event)) is not None:
@@ -5570,7 +5627,7 @@ class Editor:
         self.figure.canvas.draw_idle()
 
     def save(self):
-        """Save the points that can be used."""
+        """Save the valid points."""
         name, self._saved = self._save(self.points()), self.pairs
         self.update()
         left_out = f', without {len(self.unusable)} that can not be used' if self.unusable else ''
@@ -5583,25 +5640,25 @@ OUTPUTS = {'output': '', 'background': '', 'save_points': '.txt', 'preview': '.p
 
 
 class Job(NamedTuple):
-    """A picture, and what is written."""
+    """A picture and its outputs."""
 
     path: str
     outputs: dict[str, str]  # paths by kind, see `OUTPUTS`
 
 
 class Given(NamedTuple):
-    """Points that the user gives."""
+    """Points of the user."""
 
     points: Points | None
     size: tuple[int, int] | None = None  # height and width of the picture that they were saved for
 
 
 def process(options):
-    """Do what the command line asks for; options are those of `build_parser`."""
+    """Run a command line. The options are those of `build_parser`."""
     jobs = list_jobs(options)
     inputs = [path for path in (*options.input, options.reference, options.mask) if path]
     if options.points_file not in (None, '-', options.save_points):
-        inputs.append(options.points_file)  # else it is read before it is replaced
+        inputs.append(options.points_file)  # otherwise it is read before it is replaced
     outputs = [path for job in jobs for path in job.outputs.values()]
     check_paths(inputs, [*outputs, *([options.report] if options.report else [])], options.overwrite)
     if options.preview:
@@ -5609,7 +5666,7 @@ def process(options):
             load_matplotlib()
     if options.edit:
         choose_toolkit()
-    if len(jobs) > 1 or options.edit:  # it takes a while: see the begin of this file
+    if len(jobs) > 1 or options.edit:  # a longer run: see the beginning of this file
         gc.enable()
     given = read_points(options)
     alone, n_failed, reports = len(jobs) == 1, 0, []
@@ -5632,7 +5689,7 @@ def process(options):
 
 
 def write_report(reports, options):
-    """Write a JSON object a line, for each picture that was corrected or failed."""
+    """Write one line with a JSON object for each picture that was corrected or failed."""
     import json
     lines = [json.dumps(as_json(report), allow_nan=False) for report in reports if report]
     with about(options.report), whole_files({'report': options.report}, options.overwrite) as files:
@@ -5641,7 +5698,7 @@ def write_report(reports, options):
 
 
 def list_jobs(options):
-    """Return a Job for each picture; outputs go into folders, if these are named."""
+    """Return a Job for each picture. An output that is a folder gets the name of the picture."""
     names = [os.path.normcase(plain_name(path)) for path in options.input]
     for i, name in enumerate(names):
         if (first := names.index(name)) != i:
@@ -5662,7 +5719,7 @@ def list_jobs(options):
 
 
 def plain_name(path):
-    """Return the name of a file in a folder of outputs: that of the picture, without .gz or .fz."""
+    """Return the name of a picture without its folder, .gz and .fz, for a folder of outputs."""
     name = os.path.basename(path)
     stem, ending = os.path.splitext(name)
     if ending.lower() not in ('.gz', '.fz'):
@@ -5676,7 +5733,7 @@ def settings_of(options):
 
 
 def process_picture(job, given, options, reference):
-    """Correct one picture, beside an open reference, with a progress bar if it is alone."""
+    """Correct one picture, and return its report. Show a progress bar if it is the only picture."""
     settings, picture = settings_of(options), open_picture(job.path)
     megapixels = f' {picture.shape[0] * picture.shape[1] / 1e6:.3g} megapixels'
     with (picture, threads(progress_bar('strip', megapixels, shown=len(options.input) == 1)) as picture.starmap,
@@ -5718,7 +5775,7 @@ def process_picture(job, given, options, reference):
         if 'preview' in job.outputs:
             try:
                 preview = encode_preview(job.outputs['preview'], picture, correction)
-            except RmgradientError as error:  # the other outputs are worth more, and are written
+            except RmgradientError as error:  # the other outputs are written first
                 failure = error
                 del job.outputs['preview']
         with whole_files(job.outputs, options.overwrite) as files:
@@ -5741,7 +5798,7 @@ def process_picture(job, given, options, reference):
 
 
 def open_other(path):
-    """Return a context of an open mask or reference, of None if there is none."""
+    """Return a context manager of an open mask or reference, or of None if there is none."""
     if not path:
         return contextlib.nullcontext()
     with about(path):
@@ -5750,7 +5807,7 @@ def open_other(path):
 
 @contextlib.contextmanager
 def open_mask(path, picture):
-    """Give the open mask of a picture, None if there is none."""
+    """Yield the open mask of a picture, or None if there is none."""
     with open_other(path) as mask:
         if mask:
             with about(path):
@@ -5760,14 +5817,14 @@ def open_mask(path, picture):
 
 
 def check_mask(shape, mask_shape):
-    """Raise RmgradientError unless a mask has the size of a picture."""
+    """Raise RmgradientError unless a mask has the size of the picture."""
     if mask_shape[:2] != shape[:2]:
         raise RmgradientError(f'is {mask_shape[1]} x {mask_shape[0]} pixels and the picture {shape[1]} x {shape[0]}; '
                               'a mask has the same size')
 
 
 def check_outputs(picture, job, options):
-    """Raise RmgradientError if an output can't be as the picture is, before anything slow."""
+    """Raise RmgradientError if options of the outputs do not fit the picture. This is before anything slow."""
     for kind in [kind for kind in ('output', 'background') if kind in job.outputs]:
         with about(job.outputs[kind]):
             check_output(picture, job.outputs[kind], options.compress)
@@ -5775,7 +5832,7 @@ def check_outputs(picture, job, options):
 
 
 def check_options(picture, given, options):
-    """Return Findings of what on the command line does not suit a picture."""
+    """Return Findings about options that do not fit the picture."""
     findings = []
     if given.size not in (None, picture.shape[:2]):
         saved, ours = (f'{size[1]} x {size[0]} pixels' for size in (given.size, picture.shape))
@@ -5793,8 +5850,7 @@ def show(picture, findings):
 
 
 def edit_points(picture, points, job, options):
-    """Let the user set points in a window; return them, or None if it was closed without Enter."""
-    import matplotlib.pyplot as plt
+    """Let the user set points in a window. Return them, or None if it was closed without Enter."""
     name = job.outputs.get('save_points') or os.path.splitext(job.path)[0] + '_points.txt'
     if not job.outputs:
         logger.info('%s: without -o no picture is written; Enter saves the points', job.path)
@@ -5802,7 +5858,7 @@ def edit_points(picture, points, job, options):
 
     def save(points):
         nonlocal overwrite, is_saved
-        replaces, overwrite = overwrite, True  # once it is ours, or asked for twice
+        replaces, overwrite = overwrite, True  # our own file, or the second request
         if os.path.isfile(name) and not replaces:
             raise RmgradientError(f'{name} exists, press s again to replace it')
         check_paths([job.path], [name], replaces)
@@ -5815,7 +5871,7 @@ def edit_points(picture, points, job, options):
     with default_style():
         editor = Editor(picture, points or [], settings, save)
         editor.saves_on_enter = not job.outputs
-        plt.show(block=True)
+        show_window(editor.figure)
     if not editor.accepted:
         logger.info('%s: closed; %s', job.path, 'only the points are written' if is_saved else 'nothing written')
         return None
@@ -5827,7 +5883,7 @@ def edit_points(picture, points, job, options):
 
 
 def encode_preview(path, picture, correction):
-    """Return the bytes of a preview, in the format that the ending of its path says."""
+    """Return the bytes of a preview, in the format of its path."""
     file = io.BytesIO()
     with about(path):
         draw_preview(file, os.path.splitext(path)[1][1:].lower(), picture, correction)
@@ -5835,7 +5891,7 @@ def encode_preview(path, picture, correction):
 
 
 def read_points(options):
-    """Return what is Given by -p or -f."""
+    """Return the points Given by -p or -f."""
     least = 3 if options.auto is None and not options.edit else 1
     if options.points is not None:
         return Given(make_points(options.points, least=least))
@@ -5878,10 +5934,10 @@ def encode_points(picture, points, settings):
 
 
 def write_pictures(outputs, files, picture, correction):
-    """Write the corrected picture and the background, each in a pass of its own.
+    """Write the corrected picture and the background, one after the other.
 
-    Returns how many pixels became black and white, and of how many the background did not fit in the type.
-    Memory: a few strips a worker.
+    Returns the numbers of pixels that became black, that became white, and whose background did not fit in the type.
+    Memory: a few strips for each worker.
     """
     counts = [np.zeros(3, int)]
 
@@ -5904,7 +5960,7 @@ def write_pictures(outputs, files, picture, correction):
 
 
 def is_terminal(stream):
-    """Whether a stream is a terminal; it may be None, closed, or no real one."""
+    """Whether a stream is a terminal. It may be None or closed."""
     try:
         return stream.isatty()
     except (AttributeError, ValueError, OSError):
@@ -5912,16 +5968,16 @@ def is_terminal(stream):
 
 
 def progress_bar(unit, text='', shown=True):
-    """Return a function that shows on a terminal how far an iterable of some length is, and what it does."""
+    """Return a function that adds a progress bar to an iterable, if standard error is a terminal."""
     if not (shown and is_terminal(sys.stderr) and logger.isEnabledFor(logging.INFO)):
         return lambda results, *_: results
-    from tqdm import tqdm  # takes longer to load than most pictures to correct
+    from tqdm import tqdm  # takes longer to import than most pictures to correct
     return lambda results, total, work='': tqdm(
         results, desc=f'{work}{text}', total=total, unit=unit, delay=1, leave=False)
 
 
 def log_details(picture, correction):
-    """Log how the model was chosen, for --verbose."""
+    """Log details of the model, for --verbose."""
     fit = correction.fit
     if fit.beside:
         scales = [f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(fit.beside.scale, fit.beside.error)]
@@ -5937,7 +5993,7 @@ def log_details(picture, correction):
 
 
 def report_of(job, correction, counts, findings):
-    """Return what is known about a corrected picture, for --report: a dict that `as_json` takes."""
+    """Return the report of a corrected picture, for --report, as a dict for `as_json`."""
     picture, fit, settings = correction.picture, correction.fit, correction.settings
     points, scale = fit.measured.points, picture.scale
     model = {'kind': 'classic', 'shape': fit.model.epsilon, 'smoothness': settings.smooth}
@@ -5962,7 +6018,7 @@ def report_of(job, correction, counts, findings):
 
 
 def as_json(value):
-    """Return a value as JSON has it: arrays as lists, Findings as objects, and null for what is no finite number."""
+    """Convert a value to JSON types: arrays to lists, Findings to objects, numbers that are not finite to null."""
     if isinstance(value, Finding):
         value = value._asdict()
     if isinstance(value, Mapping):
@@ -5977,7 +6033,7 @@ def as_json(value):
 # ---- Command line --------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose messages help with misspelled options, and hold nothing that is not printable."""
+    """A parser that suggests options for misspelled ones, and escapes unprintable characters."""
 
     def error(self, message):
         if words := re.match('unrecognized arguments: (.*)', message):
@@ -6078,7 +6134,7 @@ def build_parser():
 
 
 def number_from(lowest, highest, kind=float, word=None):
-    """Return a function for argparse that turns text into a number of a range, or leaves a word."""
+    """Return a function for argparse that converts text to a number in a range, or accepts a word."""
     def convert(text):
         with contextlib.suppress(ValueError):
             if text == word or lowest <= kind(text) <= highest:
@@ -6098,14 +6154,18 @@ def sky_level(text):
 
 
 def preview_name(path):
-    """Return a path if it is a folder, or its ending one of the kinds of previews, for argparse."""
+    """Return a path if it is a folder or ends like a preview, for argparse."""
     if not os.path.isdir(path) and os.path.splitext(path)[1].lower() not in ('.png', '.pdf', '.svg'):
         raise argparse.ArgumentTypeError(f'{path!r} does not end in .png, .pdf or .svg')
     return path
 
 
 def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
-    """Run the command line, `sys.argv` by default, and return the exit status."""
+    """Run a command line, by default `sys.argv`. Return the exit status.
+
+    The arguments are those of the command, without its name. Messages go to standard error. Wrong usage raises
+    SystemExit.
+    """
     parser = build_parser()
     options = parser.parse_args(None if argv is None else [os.fspath(word) for word in argv])
     outputs = [getattr(options, kind) for kind in OUTPUTS]
@@ -6134,9 +6194,9 @@ def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
             with signals_handled(interrupt):
                 process(options)
             return 0
-        except SystemExit as interruption:  # by a signal, see `interrupt`
+        except SystemExit as interruption:  # a signal, see `interrupt`
             return interruption.code
-        except ImportError as error:  # of those that are loaded when they are needed
+        except ImportError as error:  # some libraries are loaded when they are needed
             logger.error('%s', why_not_loaded(error))
         except (RmgradientError, OSError, MemoryError) as error:
             logger.error('%s', explain(error, options.input[0]))
@@ -6144,7 +6204,7 @@ def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
 
 
 def explain(error, path):
-    """Return the message of what went wrong with a picture."""
+    """Return the message of an error with a picture."""
     if isinstance(error, OSError):
         return f'{error.filename}: {error.strerror}' if error.filename else error.strerror or error
     if isinstance(error, ImportError):
@@ -6156,7 +6216,7 @@ def explain(error, path):
 
 @contextlib.contextmanager
 def log_to_stderr(level):
-    """Show our messages, one line each, and none of libraries, which complain of errors or of no matter."""
+    """Show our messages, one line each. Hide those of libraries, which report our errors again, or minor issues."""
     handler, silent = _Handler(), logging.CRITICAL + 1
     levels = {'rmgradient': level, 'tifffile': silent, 'matplotlib': silent}
     with contextlib.ExitStack() as restore:
@@ -6175,8 +6235,8 @@ class _Handler(logging.StreamHandler):
         return f'rmgradient: {kind}{printable(record.getMessage())}'
 
     def emit(self, record):
-        if 'tqdm' in sys.modules and is_terminal(self.stream):  # a progress bar makes room
-            with contextlib.suppress(OSError):  # a terminal that is gone
+        if 'tqdm' in sys.modules and is_terminal(self.stream):  # tqdm clears its progress bar first
+            with contextlib.suppress(OSError):  # the terminal was closed
                 sys.modules['tqdm'].tqdm.write(self.format(record), file=self.stream)
         else:
             super().emit(record)
@@ -6188,7 +6248,7 @@ class _Handler(logging.StreamHandler):
 
 
 def run():
-    """Run as a command, and exit with the status."""
+    """Run as a command. Exit with its status."""
     sys.exit(main())
 
 

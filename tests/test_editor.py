@@ -336,7 +336,7 @@ def test_without_display_or_toolkit(cli, monkeypatch):
     monkeypatch.setattr(sys, 'platform', 'linux')
     cli.fails('--edit', points=[], match='--edit needs a display; without one, MPLBACKEND=WebAgg uses a browser')
     monkeypatch.setenv('MPLBACKEND', 'Agg')
-    cli.fails('--edit', points=[], match='--edit can not use MPLBACKEND=Agg')
+    cli.fails('--edit', points=[], match='--edit cannot use MPLBACKEND=Agg')
     monkeypatch.delenv('MPLBACKEND')
     monkeypatch.setenv('DISPLAY', ':98765')
     monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: name != '_tkinter' or None)
