@@ -81,6 +81,7 @@ import shutil
 import signal
 import stat
 import struct
+import textwrap
 import threading
 import warnings
 import zlib
@@ -121,7 +122,7 @@ def why_not_loaded(error):
             names = 'numpy scipy "tifffile[codecs]" threadpoolctl tqdm'
         return f'{error.name} is missing; run: {how_to_install(names)}'
     kind = type(error).__name__
-    return f'a library can not be loaded ({kind}): not enough memory, or installed in part only'
+    return f'a library cannot be loaded ({kind}): not enough memory, or an incomplete installation'
 
 
 def report_lack_of_memory(kind, error, trace):
@@ -348,11 +349,11 @@ class Settings:
             raise RmgradientError(f'a blur of sigma {self.sigma!r} is not a number of pixels from 0.1 to 10000')
         is_word = isinstance(self.smooth, str) and self.smooth == 'auto'
         if not is_word and not (isinstance(self.smooth, numbers.Real) and 0 <= self.smooth <= 1e308):
-            raise RmgradientError(f"smoothness {self.smooth!r} is neither a number from 0 on nor 'auto'")
+            raise RmgradientError(f"smoothness {self.smooth!r} is not 'auto' or a number from 0")
         if not (isinstance(self.rows, numbers.Integral) and self.rows > 0):
             raise RmgradientError(f'rows are {self.rows!r}, not a whole number above 0')
         if not isinstance(self.method, str) or self.method not in METHODS:
-            raise RmgradientError(f'method {self.method!r} is none of {", ".join(METHODS)}')
+            raise RmgradientError(f'method {self.method!r} is not one of {", ".join(METHODS)}')
         if not isinstance(self.dither, (bool, np.bool_)):
             raise RmgradientError(f'dither is {self.dither!r}, not True or False')
         if not (isinstance(self.compress, numbers.Integral) and 0 <= self.compress <= 9):
@@ -436,7 +437,7 @@ def parse_coordinates(words):
             raise RmgradientError(f'coordinate {word[:40]!r} is not a number of pixels')
         values.append(math.copysign(round(abs(float(word))), -1 if word[0] == '-' else 1))
     if len(values) % 2:
-        raise RmgradientError(f'coordinates are not all pairs: the last one, {values[-1]:.0f}, has no partner')
+        raise RmgradientError(f'the number of coordinates is odd: the last one, {values[-1]:.0f}, has no partner')
     return np.array(values).reshape(-1, 2)
 
 
@@ -532,7 +533,7 @@ def as_points(points: ArrayLike | Points) -> Points:
             and (leader[leader] == leader).all() and len(points.sources) in (0, len(x))
             and max(x.max(), y.max()) < 2**31 and isinstance(points.least_shape, numbers.Real)
             and 0 <= points.least_shape < 1e9 and len(set(zip(x.tolist(), y.tolist()))) == len(x)):
-        raise RmgradientError('these are no Points of make_points or choose_points')
+        raise RmgradientError('invalid Points; use make_points or choose_points')
     return points._replace(x=x, y=y, leader=leader)
 
 
@@ -784,7 +785,7 @@ def as_picture(image: ArrayLike | Picture, mask: ArrayLike | None = None) -> Pic
         picture = image
     else:
         if getattr(image, 'unit', None) is not None:
-            raise RmgradientError('an image with a unit would lose it; pass the values alone')
+            raise RmgradientError('an image with a unit would lose the unit; pass only the values')
         try:
             array = np.asarray(image)
         except ValueError as error:
@@ -1927,7 +1928,7 @@ def check_beside(fit, picture, sigma):
             'use a reference that shows the same light', numbers={'channels': names}))
     if (beside.unexplained > MISREGISTERED * noise)[beside.explained].any():
         findings.append(Finding(
-            'reference', f'the reference explains the points only to {in_words(scale * beside.unexplained)}, and the '
+            'reference', f'the reference fits the points only to {in_words(scale * beside.unexplained)}, and the '
             f'noise of their levels is {in_words(scale * noise)}', 'is it registered, and in the same colors?',
             numbers={'noises': float((beside.unexplained / noise).max())}))
     size, significant = np.median((beside.bend / [noise, 1 + 0 * noise])[:, beside.explained], axis=1)
@@ -1939,11 +1940,11 @@ def check_beside(fit, picture, sigma):
     # The noise of pixels alone: in a nebula, the noise of levels includes structure.
     if (same := beside.unexplained < SAME * picture.tiles.noise / (2 * math.sqrt(math.pi) * sigma)).any():
         names = ' and '.join(name_of_channel(i, len(noise)) for i in np.flatnonzero(same))
-        findings.append(Finding('same', f'the reference has the noise of the picture itself ({names}): what gradient '
-                                'it has, stays', 'use another picture of the field'))
+        findings.append(Finding('same', f'the reference has the same noise as the picture ({names}), so its '
+                                'gradient stays', 'use another exposure'))
     if n_lost := fit.measured.reference.n_lost:
-        findings.append(Finding('lost', f'{n_lost} of the points given have no data on the reference, and are left out',
-                                'give others, or another reference', numbers={'points': n_lost}))
+        findings.append(Finding('lost', f'{n_lost} given points have no data on the reference and are left out',
+                                'move them, or use another reference', numbers={'points': n_lost}))
     return findings
 
 
@@ -2021,7 +2022,7 @@ def measure_beside(pictures, points, sigma, given=None):
     n_lost, all_lost = np.count_nonzero(given & ~kept), points.centers[lost]
     if len(np.unique(points.leader[kept])) < LEAST_PLACES and not kept.all():
         raise NotRegistered(f'only {kept.sum()} of {len(kept)} points have data in the picture and on the reference; '
-                            f'give at least {LEAST_PLACES} that have')
+                            f'give at least {LEAST_PLACES} such points')
     chosen = Chosen(np.count_nonzero(given & kept), np.count_nonzero(~given), True) if not given.all() else None
     points, old = points.subset(kept), np.flatnonzero(kept)
     measured = measured_from(points, {new: found[i][0] for new, i in enumerate(old) if i in found})
@@ -2135,11 +2136,11 @@ def register_by_shift(picture, beside):
     corners = np.array(list(itertools.product((0, picture.shape[1]), (0, picture.shape[0]))), float)
     moved = np.hypot(*(mapped(corners, matrix) - corners).T)
     if len(pairs) < max(LEAST_STARS, 0.2 * min(len(ours), len(theirs))):
-        raise NotRegistered('its stars are not those of the picture at the same places; is it registered, and does it '
+        raise NotRegistered('its stars are at other places than those of the picture; is it registered, and does it '
                             'show the same field?')
     if moved.max() < MOVED:
         return Reference(beside, is_sure=True)
-    where = f'up to {moved.max():.1f} pixels from its place, by {len(pairs)} stars'
+    where = f'shifted by up to {moved.max():.1f} pixels ({len(pairs)} stars)'
     return Reference(beside, functools.partial(mapped, matrix=matrix), where)
 
 
@@ -2154,11 +2155,11 @@ def register_by_wcs(picture, beside):
     size = np.array(picture.shape[1::-1])
     at = locate(size * np.array([[0.5, 0.5], [0.25, 0.25], [0.75, 0.75]]))
     if not np.isfinite(at).all():
-        raise NotRegistered('its coordinates in the sky (WCS) do not lead to the field of the picture')
+        raise NotRegistered('its coordinates (WCS) show another field')
     reference = Reference(beside, locate)
     _, slopes = reference.locate(size[None] / 2.0)
     scale = math.sqrt(abs(np.linalg.det(slopes[0])))
-    reference.where = f'by the coordinates of both (WCS): {scale:.4g} of its pixels for one'
+    reference.where = f'registered by coordinates (WCS), scale {scale:.4g}'
     return reference
 
 
@@ -2191,8 +2192,8 @@ def register_by_stars(picture, beside):
     scale, angle = math.sqrt(abs(a * d - b * c)), math.degrees(math.atan2(b, a))
     mirrored = ', mirrored' if a * d < b * c else ''
     middle = np.array([*picture.shape[1::-1], 2.0]) / 2 @ matrix
-    where = (f'by {len(pairs)} stars: {scale:.4f} of its pixels for one, turned by {angle:.2f} degrees{mirrored}, the '
-             f'middle at ({middle[0]:.0f}, {middle[1]:.0f})')
+    where = (f'registered by {len(pairs)} stars, scale {scale:.4f}, turned by {angle:.2f} degrees{mirrored}, middle at '
+             f'({middle[0]:.0f}, {middle[1]:.0f})')
     return Reference(beside, functools.partial(mapped, matrix=matrix), where)
 
 
@@ -3036,8 +3037,8 @@ def check_divisor(model, picture, rows):
     if dark:
         lowest, top, left, block = min(dark, key=lambda each: each[0])
         y, x, _ = np.unravel_index(block.argmin(), block.shape)
-        raise RmgradientError(f'the background is {lowest * picture.scale:g} at {(left + int(x), top + int(y))}, and '
-                              'can not be divided by: add a point of empty sky there, or subtract it')
+        raise RmgradientError(f'the background is {lowest * picture.scale:g} at {(left + int(x), top + int(y))}, so '
+                              'dividing by it is not possible; add a point of empty sky there, or subtract')
 
 
 # ---- Correction ----------------------------------------------------------------------------------
@@ -3251,7 +3252,7 @@ def count_unfit(values, dtype):
 # ---- Check of the result -------------------------------------------------------------------------
 
 NINTHS = 'upper left', 'top', 'upper right', 'left', 'middle', 'right', 'lower left', 'bottom', 'lower right'
-NO_SKY = 'set your own points on empty sky with --edit, mask what is no sky with --mask, or use a --reference'
+NO_SKY = 'set your own points on empty sky with --edit, mask other areas with --mask, or use a --reference'
 LEAST_SPAN = 0.06  # of the area of the picture: with less, most of the background is extrapolated
 LEAST_LIMITED = 0.1  # percent of the pixels
 LEAST_NOISE = 1e-4  # of the sky level: only drawn pictures have less noise
@@ -3607,7 +3608,7 @@ def check_span(points, picture):
     part = abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum()) / 2 / math.prod(picture.shape[:2])
     if part >= LEAST_SPAN:
         return []
-    text = f'the points span {100 * part:.2g} % of the picture, and beyond them the background is a guess'
+    text = f'the points span {100 * part:.2g} % of the picture, and outside them the background is a guess'
     return [Finding('span', text, 'spread them into the corners', numbers={'part': float(part)})]
 
 
@@ -3664,7 +3665,7 @@ def judge(fit, left, errors, findings):
     n_levels = len(np.unique(fit.measured.points.leader))
     few = n_levels < LEAST_PLACES
     if n_levels <= 4:  # a plane through three has no errors, and a fourth is little more
-        text = f'fit: fair at best: {n_levels} points are too few to tell how good it is'
+        text = f'fit: fair at best ({n_levels} points are too few to check it)'
         return Finding('fit', text, severity='remark', numbers={'word': 'fair', 'noises': None, 'expected': None,
                                                                 'agree': None})
     word = 'poor' if expected >= POOR or 'step' in kinds or 'structure' in kinds else (
@@ -3673,7 +3674,7 @@ def judge(fit, left, errors, findings):
     if word != 'good':
         named = [words for kind, words in REASONS.items() if kind in kinds] + ['the points are few'] * (n_levels < 20)
         spread = agree > SCATTERED * np.sqrt((fit.measured.noise**2).mean())
-        named.append('the points do not agree better' if spread else 'the sky is uneven between the points')
+        named.append('the points do not agree well' if spread else 'the background varies between the points')
         reason = f', because {named[0]}'
     unit = ' counts' if left.picture.dtype.kind in 'ui' else ''
     error = f'expected error {rounded(expected * noise * scale)}{unit}, {rounded(expected)} of the noise of a pixel'
@@ -3722,7 +3723,7 @@ def check_correction(correction, reference=None):
     if verdict.numbers['word'] != 'good':
         findings = filled + findings
     if picture.mask is not None and picture.masked_share == 0:
-        findings.append(Finding('mask', 'the mask is 0 everywhere, and masks nothing', 'mask what is no sky with 255'))
+        findings.append(Finding('mask', 'the mask is 0 everywhere, and masks nothing', 'set masked areas to 255'))
     findings += [Finding('file', remark) for remark in getattr(picture, 'remarks', ())]
     return dataclasses.replace(correction, findings=tuple(findings), verdict=verdict)
 
@@ -3747,7 +3748,7 @@ def check_limits(correction, picture, counts):
     if picture.dtype.kind == 'f':
         if percents.sum() >= LEAST_LIMITED:
             findings.append(Finding(
-                'range', f'{rounded(percents.sum())} % of the pixels left 0 ... 1, which some programs cut off',
+                'range', f'{rounded(percents.sum())} % of the pixels are outside 0 ... 1, which some programs clip',
                 advised_sky(correction, picture, is_dark=percents[0] >= percents[1]), 'remark',
                 numbers={'percent': float(percents.sum())}))
         return findings
@@ -3769,8 +3770,8 @@ def advised_sky(correction, picture, is_dark):
     method, (height, width, n_channels) = correction.settings.method, picture.shape
     stretch = '' if is_dark or method != 'subtract' else ', or keep white with --stretch'
     words = 'raise the sky' if is_dark else 'lower the sky'
-    if method == 'divide':
-        return f'{words} with --sky, or subtract' if is_dark else f'{words} with --sky'
+    if method == 'divide' and is_dark:
+        return f'{words} with --sky, or subtract'
     lowest, highest = (0.0, correction.white) if picture.dtype.kind == 'f' else range_of(picture.dtype, picture.blank)
     samples = []
     for y in np.unique(np.linspace(0, height - 1, 200).astype(int)).tolist():
@@ -3874,8 +3875,8 @@ def check_brightest(picture, white, rows):
     if highest > ABOVE_WHITE * white:
         highest, white = picture.physical([highest, white])
         suggested = 65535 if 255 < highest <= 65535 else highest
-        raise RmgradientError(f'there are values up to {in_words([highest])}, and stretching takes {white:g} for '
-                              f'white: say what white is, for example {in_words([suggested])}')
+        raise RmgradientError(f'there are values up to {in_words([highest])}, but white is {white:g}; set white, for '
+                              f'example to {in_words([suggested])}')
 
 
 def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str, *,
@@ -4035,9 +4036,9 @@ class FilePicture(Picture):
         except (RmgradientError, OSError, MemoryError):
             raise
         except Exception as error:
-            what = f'{self.format} libraries can not read it'
+            what = f'{self.format} libraries cannot read it'
             if type(error).__module__.startswith('imagecodecs'):
-                what = 'its strips or tiles can not be decoded'
+                what = 'its strips or tiles cannot be decoded'
             raise RmgradientError(f'damaged: {what}') from error
 
 
@@ -4087,7 +4088,7 @@ class TiffBytes(RandomAccess):
         """Return the bytes of a directory or of a value in it. Raise Damage if all of them are larger than the file."""
         self._left -= size
         if self._left < 0:
-            raise Damage('its directories and their values are larger than itself')
+            raise Damage('its directories and values are larger than the file')
         return self.read(offset, size)
 
     def directory(self, offset):
@@ -4367,7 +4368,7 @@ class TiffImage(FilePicture):
                 tags = {code: self._bytes.numbers(type_, 1, offset)[0] for code, type_, _, offset in entries
                         if code in (254, 255, 256, 257)}
             except (KeyError, Damage, OSError):
-                self.remarks.append('a further page is damaged and left out')
+                self.remarks.append('another page is damaged and left out')
                 break
             is_level = any(abs(tags.get(256, 0) - width / 2**k) < 1 > abs(tags.get(257, 0) - height / 2**k)
                            for k in range(1, 16))
@@ -4481,8 +4482,8 @@ def check_page(page):
     if page.predictor not in (1, 2, 3) or page.predictor == 3 and dtype.kind != 'f':
         raise Damage(f'predictor {int(page.predictor)} for {dtype}')
     if page.predictor != 1 and page.compression in (1, 32773):
-        raise RmgradientError('a predictor without a compression that has one: programs disagree what it '
-                              'means; save it anew')
+        raise RmgradientError('a predictor without a compression that has one, which programs read differently; save '
+                              'it again, without a predictor')
 
 
 def count_colors(page):
@@ -4616,7 +4617,7 @@ def read_header(file, start):
     if min(groups, extra, *axes) < 0:
         raise Damage('negative sizes')
     if header.get('GROUPS') is True and axes[:1] == [0]:
-        raise RmgradientError('random groups, no picture; save one as FITS or TIFF')
+        raise RmgradientError('random groups, not a picture; save one as FITS or TIFF')
     size = abs(bits) // 8 * groups * (extra + math.prod(axes)) if axes else 0
     if data + size > file.size:
         raise Damage(f'its data end at byte {data + size} of a file of {file.size}')
@@ -4638,13 +4639,13 @@ def gunzip(path):
             while data:
                 target.write(data)
                 if target.tell() > most:
-                    raise RmgradientError(f'is more than {most} bytes if it is unpacked, which no picture is')
+                    raise RmgradientError(f'is more than {most} bytes after unpacking, which no picture has')
                 if target.tell() % 2**28 < 2**20 and shutil.disk_usage(tempfile.gettempdir()).free < 2**30:
-                    raise RmgradientError('unpacked it needs more than the disk of temporary files has')
+                    raise RmgradientError('there is not enough disk space for temporary files')
                 data = source.read(2**20)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         target.close()
-        raise RmgradientError('damaged: it can not be unpacked') from error
+        raise RmgradientError('damaged: it cannot be unpacked') from error
     except BaseException:
         target.close()
         raise
@@ -4672,7 +4673,7 @@ def unpack_in_child(file):
             done = subprocess.run([sys.executable, '-c', code, os.path.abspath(__file__)], stdin=file, stdout=target,
                                   stderr=subprocess.DEVNULL, env=os.environ | places)
         if done.returncode:
-            raise Damage('its packed image can not be unpacked')
+            raise Damage('its packed image cannot be unpacked')
     except BaseException:
         target.close()
         raise
@@ -4732,8 +4733,8 @@ class FitsImage(FilePicture):
         self.shape = height, width, self.n_samples
         bits, zero, scale = header.get('BITPIX'), header.number('BZERO', 0), header.number('BSCALE', 1)
         if not 1e-100 < abs(scale) < 1e100 or abs(zero) > 1e20 * abs(scale):
-            raise RmgradientError(f'values are scaled by BSCALE {scale:g} and BZERO {zero:g}, which leave nothing of '
-                                  'them')
+            raise RmgradientError(f'values are scaled by BSCALE {scale:g} and BZERO {zero:g}, so that nothing is left '
+                                  'of them')
         kind = 'f' if bits < 0 else 'u' if bits == 8 else 'i'
         self._stored = np.dtype(f'>{kind}{abs(bits) // 8}')  # in the file
         self.dtype = self._stored.newbyteorder('=')
@@ -4772,7 +4773,7 @@ class FitsImage(FilePicture):
         if not found:
             raise RmgradientError('there is no picture in it, only tables or nothing')
         if len(found) > 1:
-            self.remarks.append(f'only the first of {len(found)} pictures is corrected, the rest is copied')
+            self.remarks.append(f'only the first of {len(found)} pictures is corrected, the others are copied')
         return found[0]
 
     def wcs(self):
@@ -4786,9 +4787,9 @@ class FitsImage(FilePicture):
                 wcs = astropy.wcs.WCS(astropy.io.fits.Header.fromstring(text)).celestial
                 usable = wcs.has_celestial and abs(np.linalg.det(wcs.pixel_scale_matrix)) > 0
         except Exception as error:  # astropy raises several on odd headers
-            raise NotRegistered('its coordinates in the sky (WCS) can not be read') from error
+            raise NotRegistered('its coordinates in the sky (WCS) cannot be read') from error
         if not usable:
-            raise NotRegistered('its coordinates in the sky (WCS) can not be used')
+            raise NotRegistered('its coordinates in the sky (WCS) cannot be used')
         return wcs
 
     def read(self, start, stop, left=0, right=None):
@@ -4877,7 +4878,7 @@ OTHER_FORMATS = {
     rb'\x89PNG': 'a PNG picture; convert it, as by: convert FILE STEM.tif (ImageMagick)',
     rb'XISF0': 'an XISF picture; save it as FITS or TIFF with PixInsight or Siril',
     rb'8BPS': 'a Photoshop picture; save it as TIFF',
-    rb'SIMPLE  = +F': 'no standard FITS file',
+    rb'SIMPLE  = +F': 'not a standard FITS file',
     rb'BZh': 'compressed by bzip2; unpack it: bunzip2 FILE',
     rb'....ftyp(heic|heix|mif1|avif)': 'a HEIF picture; convert it to TIFF',
     rb'II\*\0....CR|....ftypcrx|FUJIFILM|IIR[OS]|MMOR|IIU\0|\0MRM|FOVb':
@@ -4954,7 +4955,7 @@ def check_paths(inputs, outputs, overwrite):
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise RmgradientError(f'no permission to write in the folder {folder}')
             if exists and not _may_replace(real, folder):
-                raise RmgradientError(f'no permission to replace a file of others in the folder {folder}')
+                raise RmgradientError(f'no permission to replace a file of another user in the folder {folder}')
 
 
 def _identity(path):
@@ -5200,7 +5201,7 @@ def draw_preview(file, kind, picture, correction):
         except Exception as error:  # matplotlib raises many types
             if isinstance(error, ValueError) and 'array' in str(error):  # not enough memory for an array
                 raise MemoryError from error
-            raise RmgradientError(f'can not be drawn by matplotlib ({type(error).__name__})') from error
+            raise RmgradientError(f'cannot be drawn by matplotlib ({type(error).__name__})') from error
 
 
 def preview_figure(picture, correction):
@@ -5303,7 +5304,7 @@ def choose_toolkit():
         needed = how_to_install('tornado' if named.lower() == 'webagg' else 'PySide6')
         raise RmgradientError(f'--edit cannot use MPLBACKEND={named}; unset it, or run: {needed}')
     if importlib.util.find_spec('_tkinter'):
-        raise RmgradientError(f'--edit can not open the display {os.environ.get("DISPLAY", "")}')
+        raise RmgradientError(f'--edit cannot open the display {os.environ.get("DISPLAY", "")}')
     raise RmgradientError('--edit needs a toolkit for windows; run: apt install python3-tk, or: '
                           f'{how_to_install("PySide6")}')
 
@@ -5323,7 +5324,7 @@ def show_window(figure):
     if matplotlib.get_backend().lower() != 'webagg':
         matplotlib.pyplot.show(block=True)
         return
-    # The show() of WebAgg does not end when the figure is closed, catches Ctrl-C, and can start a browser in a terminal.
+    # The show() of WebAgg goes on when the figure is closed, catches Ctrl-C, and can start a browser in a terminal.
     import tornado.ioloop
     from matplotlib.backends import backend_webagg as webagg
     loop, server, manager = tornado.ioloop.IOLoop.current(), webagg.WebAggApplication, figure.canvas.manager
@@ -5356,8 +5357,8 @@ class Editor:
 
     saves_on_enter = False
 
-    HELP = ('click: add, Shift-click: to the isoline, drag: move, right click or Delete: remove, Ctrl-Z, '
-            'Ctrl-Y; a: automatic, v: view, s: save, Enter: write, Escape: leave')
+    HELP = ('click: add, Shift-click: add to the isoline, drag: move, right click or Delete: remove, Ctrl-Z: undo, '
+            'Ctrl-Y: redo\na: automatic points, v: view, s: save points, Enter: write the outputs, Escape: close')
 
     def __init__(self, picture, points, settings, save):
         import matplotlib.pyplot as plt
@@ -5443,7 +5444,7 @@ class Editor:
         for i in sorted(reasons)[-2:]:
             x, y = np.abs(self.pairs[i]).astype(int)
             text += f'; point {i + 1} at ({x}, {y}) {reasons[i]}'
-        self.status.set_text(f'{text}\n{self.HELP}')
+        self._say(text)
         self.left.set_title(self._title + ('' if self._is_saved() else ' - points not saved'), fontsize=10)
         self.figure.canvas.draw_idle()
 
@@ -5481,11 +5482,11 @@ class Editor:
             on_isoline, place = np.signbit(pair).any(), tuple(place)
             leader = leader if on_isoline else i
             if place in seen:
-                reasons[i] = 'is there twice'
+                reasons[i] = 'repeats another point'
             elif on_isoline and not (place[0] < width and place[1] < height):
                 reasons[i] = 'is outside of the picture'
             elif on_isoline and leader in reasons:
-                reasons[i] = 'is on the isoline of one that can not be used'
+                reasons[i] = 'is on the isoline of one that cannot be used'
             elif not on_isoline and isinstance(levels := self._measure(place), str):
                 reasons[i] = levels
             seen.add(place)
@@ -5623,14 +5624,15 @@ class Editor:
 
     def _say(self, text):
         """Show a message below the picture."""
-        self.status.set_text(f'{text}\n{self.HELP}')
+        lines = textwrap.wrap(text, 190)  # as many characters as the window is wide
+        self.status.set_text('\n'.join([*lines[:2], self.HELP]))
         self.figure.canvas.draw_idle()
 
     def save(self):
         """Save the valid points."""
         name, self._saved = self._save(self.points()), self.pairs
         self.update()
-        left_out = f', without {len(self.unusable)} that can not be used' if self.unusable else ''
+        left_out = f', without {len(self.unusable)} that cannot be used' if self.unusable else ''
         self._say(f'{name} written{left_out}')
 
 
@@ -5712,7 +5714,7 @@ def list_jobs(options):
                 if os.path.isdir(output):
                     output = os.path.join(output, os.path.splitext(name)[0] + ending if ending else name)
                 elif several:
-                    raise NamedError(f'{output}: is not a folder; name one that exists for several pictures')
+                    raise NamedError(f'{output}: is not a folder; for several pictures, name an existing folder')
                 outputs[kind] = output
         jobs.append(Job(path, outputs))
     return jobs
@@ -5741,13 +5743,13 @@ def process_picture(job, given, options, reference):
         if mask:
             picture.mask = mask.flipped if mask.bottom_up != picture.bottom_up else mask
             if picture.masked_share == 1:
-                raise RmgradientError(f'the mask {mask.path} is 0 nowhere: it has to be 0 where there is sky')
+                raise RmgradientError(f'the mask {mask.path} has no pixel that is 0; sky must be 0')
             logger.info('%s: %.3g %% of the picture is masked', picture.path, 100 * picture.masked_share)
         check_outputs(picture, job, options)
         early = check_options(picture, given, options)
         show(picture, early)
         if picture.bottom_up and (given.points or options.edit or 'save_points' in job.outputs):
-            logger.info('%s: y of points counts from the bottom row, the first that is stored', picture.path)
+            logger.info('%s: y of points counts from the bottom row, which is stored first', picture.path)
         if reference:
             with about(reference.path):
                 check_reference(picture.shape, reference.shape)
@@ -5755,7 +5757,7 @@ def process_picture(job, given, options, reference):
             correction = correct_beside(picture, given.points, settings, reference)
             measured = correction.fit.measured
             if measured.reference.where:
-                logger.info('%s: the reference lies %s', picture.path, measured.reference.where)
+                logger.info('%s: the reference is %s', picture.path, measured.reference.where)
         elif given.points is not None or settings.auto is not None:
             measured = measure_points(picture, given.points, settings)
         if (given.points is not None or settings.auto is not None) and (chosen := measured.chosen):
@@ -5876,7 +5878,7 @@ def edit_points(picture, points, job, options):
         logger.info('%s: closed; %s', job.path, 'only the points are written' if is_saved else 'nothing written')
         return None
     if editor.unusable:
-        logger.warning('%s: %d points that can not be used are left out', job.path, len(editor.unusable))
+        logger.warning('%s: %d points that cannot be used are left out', job.path, len(editor.unusable))
     if job.outputs.pop('save_points', None):
         editor.save()
     return editor.points()
@@ -5987,8 +5989,8 @@ def log_details(picture, correction):
         smooth = np.format_float_positional(fit.adaptive.smooth, 2, fractional=False, trim='-')
         logger.debug('%s: model: %s and a multiquadric of shape %.0f pixels and smoothness %s', picture.path,
                      fit.adaptive.trend, fit.adaptive.epsilon, smooth)
-        logger.debug('%s: the points agree to %s (root mean square), the noise of their levels is %s', picture.path,
-                     in_words(picture.scale * rms(fit.adaptive.errors)),
+        logger.debug('%s: leave-one-out errors of the points: %s (RMS); standard errors of their levels: %s',
+                     picture.path, in_words(picture.scale * rms(fit.adaptive.errors)),
                      in_words(picture.scale * np.median(fit.measured.noise, axis=0)))
 
 

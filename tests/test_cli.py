@@ -127,7 +127,7 @@ def test_points_from_option_file_and_standard_input_are_the_same(cli, monkeypatc
 
 
 @pytest.mark.parametrize(('points', 'status', 'match'), [
-    ('30 30 40 40 50', 2, 'coordinates are not all pairs'),
+    ('30 30 40 40 50', 2, 'the number of coordinates is odd'),
     ('30 30 40 forty 50 50', 2, "'forty' is not a number of pixels"),
     ('-30 30 40 40 50 50', 1, 'first point has a minus sign'),
     ('30 30 23 40 50 50', 1, 'sky.tif: point (23, 40) is within 24 pixels of the border; use a smaller sigma'),
@@ -141,7 +141,7 @@ def test_bad_points(cli, points, status, match):
 
 
 @pytest.mark.parametrize(('text', 'match'), [
-    ('30 30\n40\n', 'points: line 2: coordinates are not all pairs'),
+    ('30 30\n40\n', 'points: line 2: the number of coordinates is odd'),
     ('30 30\n40 x\n', "points: line 2: coordinate 'x'"),
     ('', 'points: no points'),
     ('30 30\n30 30\n40 40\n', 'points: point (30, 30) in points, line 2, number 2, repeats number 1'),
@@ -215,8 +215,8 @@ def test_remarks_and_quiet(cli):
     lines = cli.stderr.splitlines()
     assert re.fullmatch(r'rmgradient: sky.tif: model: (mean|plane) and a multiquadric of shape \d+ pixels and '
                         r'smoothness [\d.e-]+', lines[1])
-    assert re.fullmatch(r'rmgradient: sky.tif: the points agree to \S+, \S+, \S+ \(root mean square\), the noise of '
-                        r'their levels is \S+, \S+, \S+', lines[2])
+    assert re.fullmatch(r'rmgradient: sky.tif: leave-one-out errors of the points: \S+, \S+, \S+ \(RMS\); standard '
+                        r'errors of their levels: \S+, \S+, \S+', lines[2])
     assert cli('-q', '--overwrite') == 0
     assert cli.stderr == ''
 
@@ -461,7 +461,7 @@ def test_points_over_a_small_part_of_the_picture(cli):
     for smooth in ('auto', '0.1'):
         for places, warns in (([(30, 30), (33, 31), (31, 34)], True), ([(30, 30), (90, 30), (30, 60)], False)):
             assert cli('-q', '--overwrite', '-m', smooth, points=['-p', *words(places)]) == 0
-            assert ('of the picture, and beyond them the background is a guess' in cli.stderr) == warns
+            assert ('of the picture, and outside them the background is a guess' in cli.stderr) == warns
 
 
 def test_picture_and_background_are_dithered_by_different_noise(cli):
@@ -641,5 +641,5 @@ def test_masks_that_do_not_suit(cli):
     cli.fails('--mask', '', status=2, match='the name of a file is empty')
     cli.fails('--mask', 'mask.tif', '-o', 'mask.tif', '--overwrite', match='mask.tif: is the input mask.tif')
     tifffile.imwrite('mask.tif', np.ones((90, 120), np.uint8))
-    cli.fails('--mask', 'mask.tif', points=['-a', '-s', '2'], match='the mask mask.tif is 0 nowhere: it has to be 0')
+    cli.fails('--mask', 'mask.tif', points=['-a', '-s', '2'], match='mask.tif has no pixel that is 0; sky must be 0')
     cli.fails('--white', '9', status=2, match='--white is for --stretch')

@@ -183,7 +183,7 @@ def test_what_can_not_be_used_is_said(hand):
     hand.drag((5, 200), (40, 200))
     assert hand.editor.unusable == {}
     hand.drag((40, 200), (300, 40))
-    assert hand.editor.unusable == {7: 'is there twice'}
+    assert hand.editor.unusable == {7: 'repeats another point'}
 
 
 def test_misfits_are_shown_and_stay(hand):
@@ -342,7 +342,7 @@ def test_without_display_or_toolkit(cli, monkeypatch):
     monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: name != '_tkinter' or None)
     cli.fails('--edit', points=[], match='--edit needs a toolkit for windows; run: apt install python3-tk, or: ')
     monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: True)
-    cli.fails('--edit', points=[], match='--edit can not open the display :98765')
+    cli.fails('--edit', points=[], match='--edit cannot open the display :98765')
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     cli.fails('--edit', points=[], match=f'error: matplotlib is missing; run: {rg.how_to_install("matplotlib")}')
 
@@ -385,7 +385,7 @@ def test_points_file_edited_in_place(scripted):
         hand.click(5, 200)  # too close to the border
         hand.press('enter')
     assert scripted(user, '--save-points', 'mine', '--overwrite', points=['-f', 'mine']) == 0
-    assert '1 points that can not be used are left out' in scripted.cli.stderr
+    assert '1 points that cannot be used are left out' in scripted.cli.stderr
     assert len(rg.parse_points_file((scripted.cli.folder / 'mine').read_text().splitlines())[0]) == 8
     scripted.cli.fails('--edit', '--reference', 'sky.tif', points=[], status=2, match='use one of them')
 

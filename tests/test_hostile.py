@@ -134,7 +134,7 @@ def test_overlapping_further_directories(cli):
     path.write_bytes(data)
     status, said = quickly(cli)
     assert status == 0
-    assert 'a further page is damaged and left out' in said
+    assert 'another page is damaged and left out' in said
 
 
 def test_tag_that_claims_gigabytes(cli):
@@ -325,13 +325,13 @@ def test_libraries_use_no_words_of_their_own(cli, monkeypatch):
             raise error
         with monkeypatch.context() as patch_:
             patch_.setattr(rg, 'check_page', fail)
-            cli.fails(match='sky.tif: damaged: TIFF libraries can not read it')
+            cli.fails(match='sky.tif: damaged: TIFF libraries cannot read it')
 
 
 def test_library_that_does_not_load(cli, monkeypatch):
     for error, match in ((ImportError('libopenblas.so: failed to map segment', name='scipy.interpolate._fitpack'),
-                          'a library can not be loaded (ImportError): not enough memory, or installed in part only'),
-                         (ImportError('no memory'), 'a library can not be loaded'),
+                          'a library cannot be loaded (ImportError): not enough memory, or an incomplete installation'),
+                         (ImportError('no memory'), 'a library cannot be loaded'),
                          (ModuleNotFoundError('no', name='scipy'), 'scipy is missing; run: '),
                          (ModuleNotFoundError('no', name='xy'), f'xy is missing; run: {rg.how_to_install("xy")}')):
         def fail(*_, error=error):
@@ -507,7 +507,7 @@ def test_preview_that_fails_does_not_cost_the_picture(cli, monkeypatch):
 
     monkeypatch.setattr('matplotlib.figure.Figure.savefig', fail)
     assert cli('--preview', 'p.png', '--save-points', 'points') == 1
-    assert 'error: p.png: can not be drawn by matplotlib (ValueError)' in cli.stderr
+    assert 'error: p.png: cannot be drawn by matplotlib (ValueError)' in cli.stderr
     assert cli.files() == ['out.tif', 'points', 'sky.tif']
 
 

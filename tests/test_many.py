@@ -89,7 +89,7 @@ def test_what_fails_in_one_picture_is_named_after_it(night, monkeypatch, error):
 
 @pytest.mark.parametrize(('arguments', 'match'), [
     (['-i', 'night/0.tif', 'sky.tif', './sky.tif'], 'sky.tif and ./sky.tif have the same name'),
-    (['-i', 'night/0.tif', 'sky.tif', '-o', 'out.tif'], 'out.tif: is not a folder; name one that exists'),
+    (['-i', 'night/0.tif', 'sky.tif', '-o', 'out.tif'], 'out.tif: is not a folder; for several pictures, name'),
     (['-i', 'night/0.tif', 'sky.tif', '-o', 'out', '-b', 'out'], 'out/0.tif: is named for two outputs'),
     (['-i', 'night/0.tif', 'night/1.tif', '-o', 'night', '--overwrite'], 'night/0.tif: is the input night/0.tif'),
     (['-i', 'night/0.tif', 'night/2.tif', '-o', 'old'], 'old/2.tif: exists; choose another name'),

@@ -22,7 +22,7 @@ def test_minus_zero_is_on_an_isoline():
 
 
 @pytest.mark.parametrize(('text', 'match'), [
-    ('1 2 3', 'coordinates are not all pairs: the last one, 3, has no partner'),
+    ('1 2 3', 'the number of coordinates is odd: the last one, 3, has no partner'),
     ('1 two', "'two' is not a number of pixels"),
     ('1 1e3', "'1e3' is not a number of pixels"),
     ('1 ٣', 'is not a number of pixels'),  # Arabic digit: int() would take it
@@ -77,7 +77,7 @@ def test_one_number_a_line():
     pairs, numbers = rg.parse_points_file('# x and y\n10\n20\n\n-30\n40\n'.split('\n'))
     assert pairs.tolist() == [[10, 20], [-30, 40]]
     assert numbers == [2, 5]
-    with pytest.raises(rg.RmgradientError, match='line 3: coordinates are not all pairs'):
+    with pytest.raises(rg.RmgradientError, match='line 3: the number of coordinates is odd'):
         rg.parse_points_file(['1', '2', '3'])
 
 
@@ -105,7 +105,7 @@ def test_messages_name_all_points_and_their_lines():
     assert len(kept.sources) == len(kept.x)
 
 
-@pytest.mark.parametrize(('line', 'match'), [('12', 'line 2: coordinates are not all pairs'),
+@pytest.mark.parametrize(('line', 'match'), [('12', 'line 2: the number of coordinates is odd'),
                                              ('12, b', "line 2: coordinate 'b' is not a number of pixels")])
 def test_points_file_names_the_line(line, match):
     with pytest.raises(rg.RmgradientError, match=match):

@@ -49,7 +49,7 @@ def test_shape_and_type_are_kept(dtype, n_channels):
 
 @pytest.mark.parametrize(('arguments', 'match'), [
     ({'image': np.zeros((90, 120), complex)}, 'is not a picture'), ({'image': np.zeros(90)}, 'is not a picture'),
-    ({'image': np.zeros((0, 5))}, 'is not a picture'), ({'method': 'multiply'}, "'multiply' is none of"),
+    ({'image': np.zeros((0, 5))}, 'is not a picture'), ({'method': 'multiply'}, "'multiply' is not one of"),
     ({'sky': 'grey'}, "'grey', is neither a number"), ({'sky': [1, 2]}, '2 sky levels for a picture of 3 channels'),
     ({'sky': [[1]]}, 'neither'), ({'sky': ['a', 'b', 'c']}, 'neither'), ({'sky': np.nan}, 'neither'),
     ({'points': [(30, 30)]}, 'too few'), ({'sigma': -1}, 'from 0.1 to 10000'), ({'sigma': 20}, 'smaller sigma')])
@@ -70,7 +70,7 @@ def test_points_may_be_chosen():
 def test_background_to_divide_by_is_positive(cli):
     y, x = np.mgrid[0:90, 0:120]
     sky = (x - 10.0)[..., None] * [1.0, 1.0, 1.0]
-    with pytest.raises(rg.RmgradientError, match=r'the background is -10\S* at \(0, \d+\), and can not be divided by'):
+    with pytest.raises(rg.RmgradientError, match=r'the background is -10\S* at \(0, \d+\), so dividing by it'):
         rg.remove_gradient(sky, scatter(), method='divide')
     tifffile.imwrite('sky.tif', sky.astype(np.float32), photometric='rgb')
     cli.fails('--divide', match='error: sky.tif: the background is -10')
@@ -82,8 +82,8 @@ def test_stretch_of_bright_floats(cli):
     sky[80, 100] = 31000
     sky[0, 5] = np.inf
     tifffile.imwrite('sky.tif', sky, photometric='rgb')
-    cli.fails('--stretch', match='sky.tif: there are values up to 31000, and stretching takes 1 for white: '
-                                 'say what white is, for example 65535')
+    cli.fails('--stretch', match='sky.tif: there are values up to 31000, but white is 1; '
+                                 'set white, for example to 65535')
     cli.fails('--stretch', '--divide', status=2, match='not allowed with')
     cli.fails('--stretch', '--white', '0', status=2, match="'0' is not a number from")
     assert cli('--stretch', '--white', '65535', '-b', 'b.tif', '-q') == 0
@@ -178,7 +178,7 @@ def test_examples_of_the_documentation(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(('arguments', 'match'), [
-    ({'smooth': -1}, "smoothness -1 is neither a number from 0 on nor 'auto'"), ({'smooth': 'none'}, 'smoothness'),
+    ({'smooth': -1}, "smoothness -1 is not 'auto' or a number from 0"), ({'smooth': 'none'}, 'smoothness'),
     ({'smooth': np.nan}, 'smoothness nan'), ({'sigma': 'x'}, "a blur of sigma 'x'"), ({'sky': -1}, 'sky level of -1'),
     ({'rows': 0}, 'rows are 0'), ({'rows': 2.5}, 'rows are 2.5'),
     ({'mask': np.zeros((90, 100))}, r'a mask of shape \(90, 100\) does not suit a picture of 90 x 120 pixels'),
@@ -239,7 +239,7 @@ def test_masks_that_pictures_have(kind):
 
 def test_units_are_refused():
     units = pytest.importorskip('astropy.units')
-    with pytest.raises(rg.RmgradientError, match='an image with a unit would lose it; pass the values alone'):
+    with pytest.raises(rg.RmgradientError, match='an image with a unit would lose the unit; pass only the values'):
         rg.remove_gradient(draw()[0] * units.adu, scatter())
 
 
