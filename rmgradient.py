@@ -146,8 +146,8 @@ except Exception as error:
     sys.exit(f'rmgradient: error: {why_not_loaded(error)}')
 
 __version__ = '2.0.0'
-__all__ = ['BackgroundModel', 'Correction', 'Finding', 'Fit', 'Measured', 'Points', 'RmgradientError',
-           'RmgradientWarning', 'Settings', 'choose_points',
+__all__ = ['AdaptiveModel', 'BackgroundModel', 'Beside', 'Chosen', 'Correction', 'Finding', 'Fit', 'Measured',
+           'Picture', 'Points', 'ReferenceLevels', 'RmgradientError', 'RmgradientWarning', 'Settings', 'choose_points',
            'find_correction', 'find_misfits', 'fit_background', 'fit_beside_reference', 'main', 'make_points',
            'measure_levels', 'open_picture', 'remove_gradient']
 logger = logging.getLogger('rmgradient')
@@ -282,15 +282,18 @@ class RmgradientWarning(UserWarning):
 class Finding(NamedTuple):
     """A remark or a warning about a picture. docs/messages.rst explains each kind."""
 
-    kind: str
+    kind: str  # name of the kind, for example 'misfit'
     text: str  # what is wrong, in one line
     advice: str = ''  # what to do
     severity: str = 'warning'  # or 'remark'
     places: tuple = ()  # points (x, y) or areas (left, top, right, bottom), pixels
-    numbers: Mapping[str, Any] = MappingProxyType({})
+    numbers: Mapping[str, Any] = MappingProxyType({})  # sizes by name; 'noises' is in units of the noise of a pixel
 
     def __str__(self) -> str:
         return f'{self.text}: {self.advice}' if self.advice else self.text
+
+    def __repr__(self) -> str:
+        return f'<Finding {self.kind} ({self.severity}): {self}>'
 
 
 class NamedError(RmgradientError):
@@ -399,6 +402,10 @@ class Points(NamedTuple):
     sources: tuple = ()  # (n_points,) str: where each was read, for messages; empty if unknown
     least_shape: float = 0.0  # smallest shape of the adaptive model through them, pixels: see `choose_points`
     is_chosen: bool = False  # some were chosen automatically, because they agree with each other
+
+    def __repr__(self) -> str:
+        n_on_isolines = np.count_nonzero(self.on_isoline)
+        return f'<Points: {len(self.x) - n_on_isolines} measured, {n_on_isolines} on isolines>'
 
     @property
     def on_isoline(self) -> np.ndarray:
@@ -595,7 +602,11 @@ class Picture:
     scale, zero = 1.0, 0.0  # physical value = scale * stored value + zero
     bottom_up = False  # whether the first row is displayed at the bottom
     has_wcs = False  # whether its header has coordinates in the sky, see `wcs`
-    starmap: Callable = staticmethod(itertools.starmap)  # processes groups of rows; `threads` has a faster one
+    starmap: Callable = staticmethod(itertools.starmap)  # processes groups of rows, for example in threads
+
+    def __repr__(self) -> str:
+        height, width, n_channels = self.shape
+        return f'<Picture {self.path or "in memory"}: {width} x {height} pixels, {n_channels} channels, {self.dtype}>'
 
     def read(self, start: int, stop: int, left: int = 0, right: int | None = None) -> np.ndarray:
         """Return rows start to stop - 1 as a new (n_rows, n_columns, n_samples) ndarray in native byte order."""
@@ -967,6 +978,10 @@ class Measured(NamedTuple):
     chosen: Chosen | None = None  # None if all points were given
     reference: ReferenceLevels | None = None  # levels of a reference at the same points
 
+    def __repr__(self) -> str:
+        levels, noise = (f'{each.min():.5g} to {each.max():.5g}' for each in (self.levels, self.noise))
+        return f'<Measured: {self.points!r}, {self.levels.shape[1]} channels, levels {levels}, noise {noise}>'
+
     def subset(self, kept):
         """Return the levels of the points where kept, (n_points,) bool, is True."""
         reference = self.reference and self.reference.subset(kept)
@@ -985,6 +1000,9 @@ class ReferenceLevels(NamedTuple):
     n_lost: int = 0  # points of the user that cannot be measured on the reference
     lost: np.ndarray = np.empty((0, 2))  # (n, 2): all places that cannot be measured on it, x and y
     where: str = ''  # position of the reference on the picture, as text
+
+    def __repr__(self) -> str:
+        return f'<ReferenceLevels: {len(self.levels)} points, {self.n_lost} lost{self.where and ", " + self.where}>'
 
     def subset(self, kept):
         """Return the levels of some of the points, (n_points,) bool."""
@@ -1026,7 +1044,8 @@ def measure_levels(image: ArrayLike | Picture, points: ArrayLike | Points, sigma
     ----------
     image : (height, width, n_channels) or (height, width) array_like, also with a mask, or a Picture
         Only the windows around the points are read, from top to bottom.
-    points : Points, or (n_points, 2) array_like, see `make_points`
+    points : Points, or (n_points, 2) array_like
+        See `make_points`.
     sigma : float
         Standard deviation of the Gaussian blur in pixels. The Gaussian is cut off at ceil(3 sigma).
     robust : bool
@@ -1265,15 +1284,19 @@ def trend_terms(places, centers, trend):
 class AdaptiveModel(NamedTuple):
     """The chosen trend and multiquadric, solved, with their leave-one-out errors."""
 
-    trend: str  # 'mean' or a kind of plane, see `LEAST_ACROSS`
+    trend: str  # 'mean', 'plane' or 'tilted plane'
     epsilon: float  # shape of the multiquadric, in pixels
     smooth: float  # scipy's smoothness
-    plane: np.ndarray | None  # (3, n_channels): coefficients of 1, x and y of the trend; None after `without_points`
+    plane: np.ndarray | None  # (3, n_channels): coefficients of 1, x and y of the trend; None if points were left out
     weights: np.ndarray  # (n_points, n_channels) of the multiquadric, data units
     precision: np.ndarray  # (n_points, n_points): inverse of -kernel + smooth in the space orthogonal to the trend
     leader: np.ndarray  # (n_points,): equal for points that share a level
     errors: np.ndarray  # (n_points, n_channels): level minus prediction from the points with other levels, data units
     standardized: np.ndarray  # errors over the standard deviation that the model expects
+
+    def __repr__(self) -> str:
+        return (f'<AdaptiveModel: {self.trend}, multiquadric of shape {self.epsilon:.5g} pixels, smoothness '
+                f'{self.smooth:.2g}, {len(self.weights)} points>')
 
 
 class _Trend(NamedTuple):
@@ -1480,6 +1503,10 @@ class BackgroundModel(NamedTuple):
     epsilon: float  # shape of the multiquadric, in pixels
     plane: np.ndarray  # (3, n_channels): coefficients of 1, x and y
 
+    def __repr__(self) -> str:
+        return (f'<BackgroundModel: {len(self.centers)} centers, {self.n_channels} channels, shape {self.epsilon:.5g} '
+                'pixels>')
+
     @property
     def n_channels(self) -> int:
         """Number of channels."""
@@ -1589,6 +1616,10 @@ class Fit(NamedTuple):
     adaptive: AdaptiveModel | None = None  # how the adaptive model was chosen; None for the classic one
     beside: Beside | None = None  # how well the reference fits, if there is one
 
+    def __repr__(self) -> str:
+        kind = 'adaptive' if self.adaptive else 'classic'
+        return f'<Fit: {kind}{", with a reference" if self.beside else ""}, {self.measured.points!r}, {self.model!r}>'
+
 
 def fit_background(measured: Measured, smooth: float | str = 'auto') -> Fit:
     """Fit a smooth surface through the levels.
@@ -1596,6 +1627,7 @@ def fit_background(measured: Measured, smooth: float | str = 'auto') -> Fit:
     Parameters
     ----------
     measured : Measured
+        Levels at points, from `measure_levels` or `choose_points`.
     smooth : 'auto' or float
         'auto': the adaptive model. Trend, shape and smoothness are chosen to predict the levels best. A number: the
         classic model, a multiquadric with scipy's default shape and this smoothness, without a trend.
@@ -1780,6 +1812,10 @@ class Beside(NamedTuple):
     unexplained: np.ndarray  # (n_channels,): standard deviation of the residuals, data units
     bend: np.ndarray  # (2, n_channels): quadratic term of its light, RMS in data units, and over its error
     explained: np.ndarray  # (n_channels,) bool: the reference shows the details of this channel; else it is not used
+
+    def __repr__(self) -> str:
+        scales = ', '.join(f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(self.scale, self.error))
+        return f'<Beside: {np.count_nonzero(self.kept)} of {len(self.kept)} points fit, scale {scales}>'
 
 
 class NotRegistered(RmgradientError):
@@ -3062,6 +3098,10 @@ class Correction:
     misfits: list[tuple[int, float]]  # points that do not fit, see `find_misfits`
     findings: tuple[Finding, ...] = ()  # warnings and remarks, the most important first
     verdict: Finding = Finding('fit', 'fit: not judged')  # quality of the fit and its expected error
+
+    def __repr__(self) -> str:
+        return (f'<Correction: {self.points!r}, {self.settings.method}, sky level {in_words(self.sky)}, '
+                f'{len(self.findings)} findings, {self.verdict.text}>')
 
     @property
     def points(self) -> Points:

@@ -29,7 +29,7 @@ setup(
         'align': ['astroalign>=2.5'],  # references with other pixels
         'test': ['pytest>=8', 'pytest-cov>=5', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'matplotlib>=3.8',
                  'astropy>=6.0', 'ruff>=0.11', 'codespell>=2.3', 'argparse-manpage>=4.6', 'mypy>=1.10',
-                 'astroalign>=2.5'],
+                 'astroalign>=2.5', 'docutils>=0.20', 'distributed>=2024.1', 'tornado>=6.3'],
     },
     keywords='astrophotography background gradient light pollution TIFF FITS radial basis function',
     classifiers=[

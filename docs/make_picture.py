@@ -29,10 +29,16 @@ def corrected(level):
 
 
 stretch = rmgradient.stretch_midtones
-side_by_side('before_after.jpg', stretch(sky.astype(float)), stretch(corrected('gray')))
-# The same stretch for all three, so that levels compare.
-side_by_side('sky_levels.jpg', *(stretch(corrected(level), corrected('gray'))[:, 100:500]
-                                 for level in ('gray', 'color', 'darkest')))
+side_by_side('before_after.jpg', stretch(sky.astype(float)), stretch(corrected('gray')))  # each on its own
+
+# Each level on its own stretch, too, as programs display it, with the level and the pixels that became black.
+figure = matplotlib.figure.Figure(figsize=(12, 3.2), layout='constrained')
+for axes, level in zip(figure.subplots(1, 3), ('gray', 'color', 'darkest')):
+    result, found = corrected(level), rmgradient.find_correction(sky, points, sky=level)
+    axes.imshow(stretch(result))
+    axes.set_title(f'--sky {level}: {", ".join(f"{value:.0f}" for value in found.sky)}', fontsize=9)
+    axes.set_axis_off()
+figure.savefig(here / 'sky_levels.jpg', dpi=90)
 
 
 # The preview of the points that come with the picture, and the window of the editor, with two bad points.
@@ -48,7 +54,7 @@ editor = rmgradient.Editor(picture, few, rmgradient.Settings(), None)
 editor.figure.savefig(here / 'editor.jpg', dpi=90)
 
 
-# Good points, one on the nebula, and all in one corner, and what each makes of the sky.
+# Good points, one on the nebula, and all in one corner, with their results.
 good = rmgradient.make_points(points.centers[::2])
 choices = {'all over the frame, off the nebula': good,
            'one more, on the nebula': rmgradient.make_points([*good.centers, (395, 195)]),
@@ -59,7 +65,7 @@ for (above, below), (title, chosen) in zip(figure.subplots(2, 3).T, choices.item
     above.set_title(title)
     bad = [len(chosen.x) - 1] if 'on the' in title else []
     rmgradient.draw_points(above, chosen, bad, 24)
-    # At one stretch, so that what is eaten is seen.
+    # With one stretch, so that lost light is visible.
     result = rmgradient.remove_gradient(sky, chosen, sky=3100.0).astype(float)
     below.imshow(stretch(result, rmgradient.remove_gradient(sky, good, sky=3100.0).astype(float)))
     for axes in (above, below):
@@ -67,7 +73,7 @@ for (above, below), (title, chosen) in zip(figure.subplots(2, 3).T, choices.item
 figure.savefig(here / 'points.jpg', dpi=90)
 
 
-# What the check of the result names: a step, an edge that falls off, and a glow in a corner.
+# Defects that the check of the result names: a step, a dark edge, and a glow in a corner.
 y, x = np.mgrid[:400, :600].astype(float)
 plain = 1000 + 0.4 * x + 0.2 * y + np.random.default_rng(1).normal(0, 10, x.shape)
 inner = [(x, y) for x in range(80, 560, 88) for y in range(80, 360, 60)]

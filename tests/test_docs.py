@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Manual page, completions and the pages of the documentation say what the program does."""
+import inspect
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
+import numpy as np
 import pytest
+import tifffile
 from helpers import ROOT
 
 import rmgradient as rg
@@ -99,6 +103,83 @@ def test_shells_complete(tmp_path, name):
                 assert shell.completed(words, 2) == expected  # a busy machine
     finally:
         shell.close()
+
+
+def test_api_page_is_that_of_the_docstrings(tmp_path):
+    subprocess.run([sys.executable, ROOT / 'docs' / 'make_api.py', tmp_path / 'api.rst'], check=True)
+    text = (ROOT / 'docs' / 'api.rst').read_text()
+    assert text == (tmp_path / 'api.rst').read_text()
+    assert all(f'\n{name}\n{"-" * len(name)}\n' in text for name in rg.__all__)
+
+
+def public_docstrings():
+    """Yield the docstrings of the public names, and the comments of their fields."""
+    for name in rg.__all__:
+        value = getattr(rg, name)
+        yield name, value.__doc__
+        if inspect.isclass(value):
+            yield name, '\n'.join(re.findall(r'^    \w+: .*(#.*)$', inspect.getsource(value), re.MULTILINE))
+            yield from ((name, each.__doc__ or '') for key, each in vars(value).items() if not key.startswith('_'))
+
+
+def test_public_docstrings_name_public_things():
+    """What is in backquotes is a public name, or belongs to the value or its parameters."""
+    for name, text in public_docstrings():
+        value = getattr(rg, name)
+        known = {*rg.__all__, *vars(value), *vars(rg.Correction), 'settings', 'picture', 'numpy', 'sys', 'with'}
+        if not inspect.isclass(value):
+            known |= set(inspect.signature(value).parameters)
+        for quoted in re.findall(r'`([^`]+)`', text):
+            if name not in ('Picture', 'Correction'):  # some of their methods are for the program alone
+                assert re.match(r'\w+', quoted)[0] in known, (name, quoted)
+
+
+def test_values_have_short_names():
+    sky = np.random.default_rng(1).normal(1000, 10, (200, 300, 3))
+    places = [(x, y) for x in range(30, 280, 40) for y in (30, 100, 160)] + [(-200, -10)]
+    correction = rg.find_correction(sky, places)
+    measured = correction.fit.measured
+    for value in (correction, correction.fit, measured, measured.points, correction.model, correction.fit.adaptive,
+                  correction.verdict, correction.settings, correction.picture):
+        assert len(repr(value)) < 240, value
+        assert type(value).__name__.removeprefix('Array') in repr(value)
+    assert repr(measured.points) == '<Points: 21 measured, 1 on isolines>'
+    assert repr(correction.picture) == '<Picture in memory: 300 x 200 pixels, 3 channels, float64>'
+
+
+def mean_sentence(text):
+    """Return the mean number of words in the sentences of paragraphs and lists."""
+    paragraphs = [' '.join(block.split()) for block in re.split(r'\n\s*\n', text)
+                  if not re.match(r'\s{4}|[=.+-]{3}|\.\. |\S+\n[=-]{3}', block)]
+    paragraphs = [part for paragraph in paragraphs for part in re.split(r'(?:^| )- ', paragraph) if part]
+    sentences = [words for paragraph in paragraphs for words in re.split(r'(?<=[.?!])[)]? ', paragraph)
+                 if len(words.split()) > 1]
+    return sum(len(words.split()) for words in sentences) / len(sentences)
+
+
+@pytest.mark.parametrize('page', ['README.rst', *sorted(f'docs/{path.name}' for path in (ROOT / 'docs').glob('*.rst'))])
+def test_sentences_are_short(page):
+    assert mean_sentence((ROOT / page).read_text(encoding='utf-8')) <= 18
+    assert mean_sentence('One two three four. Five six.\n\n    code is not counted at all, however long it is\n') == 3
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # of Dask's own
+def test_dask_corrects_on_two_processes(tmp_path):
+    """The script of the page, which runs a local cluster of two processes. One picture is none."""
+    pytest.importorskip('distributed')
+    text = (ROOT / 'docs' / 'many.rst').read_text(encoding='utf-8')
+    script = re.search(r'\n    import glob\n.*?\n(?=\S)', text, re.DOTALL)[0]
+    (tmp_path / 'dask_night.py').write_text(textwrap.dedent(script))
+    (tmp_path / 'night').mkdir()
+    sky = np.random.default_rng(1).normal(1000, 10, (250, 300)).astype(np.uint16)
+    for name in 'ab':
+        tifffile.imwrite(tmp_path / 'night' / f'{name}.tif', sky)
+    (tmp_path / 'night' / 'c.tif').write_text('no picture')
+    done = subprocess.run([sys.executable, 'dask_night.py'], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, 'PYTHONPATH': str(ROOT), 'DASK_DISTRIBUTED__DASHBOARD__LINK': ''})
+    assert done.stdout == "['night/c.tif']\n", done.stderr
+    assert 'rmgradient: error: night/c.tif: is neither a TIFF nor a FITS picture' in done.stderr
+    assert sorted(os.listdir(tmp_path / 'corrected')) == ['a.tif', 'b.tif']
 
 
 def test_links_lead_somewhere():

@@ -163,9 +163,9 @@ def test_importing_does_nothing():
 
 
 def test_examples_of_the_documentation(tmp_path, monkeypatch):
-    """Each name that is public has one, and all of them run."""
+    """Each public function has one, and all of them run."""
     text = (ROOT / 'docs' / 'python.rst').read_text(encoding='utf-8')
-    assert all(f'rmgradient.{name}' in text for name in rg.__all__)
+    assert all(f'rmgradient.{name}' in text for name in rg.__all__ if name[0].islower())
     (tmp_path / 'test_data').symlink_to(ROOT / 'test_data')
     monkeypatch.chdir(tmp_path)
     options = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
