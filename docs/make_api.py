@@ -47,10 +47,14 @@ def as_rst(value):
     return re.sub(r'^(\w+)( : .+)$', r'*\1*\2', text, flags=re.MULTILINE)
 
 
+SOURCE = inspect.getsource(rmgradient)
+
+
 def fields_of(value):
     """Yield lines for the fields of a value, with the comments of the source."""
+    source = SOURCE[SOURCE.index(f'\nclass {value.__name__}'):]
     for name in inspect.get_annotations(value):
-        declared = re.search(rf'^    {name}: ([^#\n]+?)(?:  # (.+))?$', inspect.getsource(value), re.MULTILINE)
+        declared = re.search(rf'^    {name}: ([^#\n]+?)(?:  # (.+))?$', source, re.MULTILINE)
         kind, _, default = declared[1].partition(' = ')
         yield f'*{name}* : {kind}' + (f', default ``{default}``' if default else '')
         yield f'    {with_links(declared[2] or f"`{kind}`")}'

@@ -46,7 +46,8 @@ def draw_sky(nebula=0.0, glow=2000.0, border=False, seed=11, n_channels=3):
 def error_of(points, sky, background):
     """Return the largest RMS error of a channel of the model through the points, its mean error removed."""
     model = rg.fit_background(rg.measure_levels(sky, points)).model
-    return (model.evaluate(0, HEIGHT, WIDTH) - background).std(axis=(0, 1)).max()
+    at_grid = model.at_grid(np.arange(0, WIDTH, 9), np.arange(0, HEIGHT, 9))  # smooth: more pixels tell no more
+    return (at_grid - background[::9, ::9]).std(axis=(0, 1)).max()
 
 
 @pytest.mark.parametrize(('case', 'most'), [({}, 5), ({'glow': 16000.0}, 20), ({'n_channels': 1}, 5),
@@ -81,7 +82,7 @@ def test_black_borders_saturated_cores_and_holes_are_avoided():
     assert all(np.isfinite(holes[y - 24:y + 25, x - 24:x + 25]).mean() > 0.7 for x, y in zip(points.x, points.y))
 
 
-@pytest.mark.parametrize('edge', [*range(788, 820), 876, 899])
+@pytest.mark.parametrize('edge', [*range(788, 820, 3), 876, 899])
 def test_windows_that_are_offered_are_never_refused(edge):
     """Rows and columns of NaN or zeros from anywhere: what -a offers, measure_levels takes."""
     sky, _, _ = sky_with(n_channels=1)

@@ -114,11 +114,13 @@ def test_api_page_is_that_of_the_docstrings(tmp_path):
 
 def public_docstrings():
     """Yield the docstrings of the public names, and the comments of their fields."""
+    source = inspect.getsource(rg)
     for name in rg.__all__:
         value = getattr(rg, name)
         yield name, value.__doc__
         if inspect.isclass(value):
-            yield name, '\n'.join(re.findall(r'^    \w+: .*(#.*)$', inspect.getsource(value), re.MULTILINE))
+            fields = re.split(r'\n    (?:@|def )|\n\n\n', source.partition(f'\nclass {name}')[2])[0]
+            yield name, '\n'.join(re.findall(r'^    \w+: .*(#.*)$', fields, re.MULTILINE))
             yield from ((name, each.__doc__ or '') for key, each in vars(value).items() if not key.startswith('_'))
 
 
