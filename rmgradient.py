@@ -15,12 +15,12 @@ Points are pairs X Y of pixels, counted from the top left pixel (0 0), x to
 the right and y down. -a chooses them automatically. -f reads them from a
 file, one pair in each line.
 
-A pair with a minus sign before either number (-0 too) is on the isoline of
-the last pair without one: the background has the same level there. Nothing
-is measured at these points.
+An isoline is a line of equal background. A pair with a minus sign before
+either number (-0 too) is on the isoline of the last pair without one. It gets
+the same level, and nothing is measured there.
 
 Outputs appear complete or not at all. If one of several pictures fails, the
-others are corrected all the same.
+others are still corrected.
 
 Exit status:
 0 if all pictures are corrected, 1 if something is wrong with a picture, the
@@ -146,9 +146,9 @@ except Exception as error:
     sys.exit(f'rmgradient: error: {why_not_loaded(error)}')
 
 __version__ = '2.0.0'
-__all__ = ['AdaptiveModel', 'BackgroundModel', 'Beside', 'Chosen', 'Correction', 'Finding', 'Fit', 'Measured',
+__all__ = ['AdaptiveModel', 'BackgroundModel', 'ReferenceFit', 'Chosen', 'Correction', 'Finding', 'Fit', 'Measured',
            'Picture', 'Points', 'ReferenceLevels', 'RmgradientError', 'RmgradientWarning', 'Settings', 'choose_points',
-           'find_correction', 'find_misfits', 'fit_background', 'fit_beside_reference', 'main', 'make_points',
+           'find_correction', 'find_misfits', 'fit_background', 'fit_with_reference', 'main', 'make_points',
            'measure_levels', 'open_picture', 'remove_gradient']
 logger = logging.getLogger('rmgradient')
 
@@ -287,7 +287,7 @@ class Finding(NamedTuple):
     advice: str = ''  # what to do
     severity: str = 'warning'  # or 'remark'
     places: tuple = ()  # points (x, y) or areas (left, top, right, bottom), pixels
-    numbers: Mapping[str, Any] = MappingProxyType({})  # sizes by name; 'noises' is in units of the noise of a pixel
+    numbers: Mapping[str, Any] = MappingProxyType({})  # by name; 'noises' is the size in noises of a pixel or a level
 
     def __str__(self) -> str:
         return f'{self.text}: {self.advice}' if self.advice else self.text
@@ -324,7 +324,7 @@ def in_words(values):
 
 
 def rounded(value):
-    """Return the absolute value as text with two or three digits."""
+    """Return the absolute value as text: two digits below 100, a whole number from 100 on."""
     value = abs(float(value))
     return f'{value:.0f}' if 100 <= value < 1e12 else f'{value:.2g}'
 
@@ -339,12 +339,12 @@ class Settings:
 
     sigma: float = SIGMA  # blur at the points, pixels
     smooth: float | str = 'auto'  # 'auto': the adaptive model; a number: the classic one, see `fit_background`
-    sky: str | float | Sequence[float] | None = None  # level of the corrected sky, see `find_correction`
+    sky: str | float | Sequence[float] | None = None  # level of the corrected sky, physical, see `find_correction`
     method: str = 'subtract'  # or 'stretch' or 'divide', see `Correction`
     dither: bool = False  # add noise of one count before rounding to integers
     rows: int = ROWS  # processed together; memory is proportional
-    white: float | None = None  # value of white, for 'stretch'; None: the largest integer, 1.0 for floats
-    auto: int | None = None  # cells along the longer side for automatic points; 0: the default; None: no such points
+    white: float | None = None  # value of white, physical, for 'stretch'; None: the largest integer, 1.0 for floats
+    auto: int | None = None  # cells along the longer side; 0: 15, or 24 with a reference; None: no automatic points
     compress: int = 0  # deflate level of the written files; 0: none
 
     def __post_init__(self):
@@ -401,7 +401,7 @@ class Points(NamedTuple):
     leader: np.ndarray  # (n_points,) int: index of the point whose level it takes: itself, or the first of its isoline
     sources: tuple = ()  # (n_points,) str: where each was read, for messages; empty if unknown
     least_shape: float = 0.0  # smallest shape of the adaptive model through them, pixels: see `choose_points`
-    is_chosen: bool = False  # some were chosen automatically, because they agree with each other
+    is_chosen: bool = False  # some points were chosen automatically
 
     def __repr__(self) -> str:
         n_on_isolines = np.count_nonzero(self.on_isoline)
@@ -492,7 +492,7 @@ def make_points(pairs: ArrayLike, sources: Sequence[str] = (), least: int = 3) -
         Coordinates x, y in pixels. Decimals are rounded. A minus sign on either (also -0.0) puts the point on the
         isoline of the last point without one.
     sources : sequence of str
-        Where each was read, for messages.
+        Where each was read, for messages: one for each point, or none.
     least : int
         Smallest number of points: three for a surface, one together with automatic points.
 
@@ -530,10 +530,10 @@ def make_points(pairs: ArrayLike, sources: Sequence[str] = (), least: int = 3) -
     return points
 
 
-def as_points(points: ArrayLike | Points) -> Points:
+def as_points(points: ArrayLike | Points, least: int = 3) -> Points:
     """Return pairs or Points as valid Points, see `make_points`."""
     if not isinstance(points, Points):
-        return make_points(points)
+        return make_points(points, least=least)
     x, y, leader = (np.asarray(each) for each in points[:3])
     if not (x.ndim == 1 and len(x) and x.shape == y.shape == leader.shape
             and all(each.dtype.kind in 'iu' and each.min() >= 0 for each in (x, y, leader)) and (leader < len(x)).all()
@@ -590,18 +590,22 @@ class Picture:
 
     `picture[top:bottom, left:right]` reads a window of the color channels, and `numpy.asarray(picture)` all pixels.
     `read` also returns extra samples (alpha). All methods may be called from several threads.
+
+    Data units are those of stored values. The physical value is scale * stored value + zero. For most files, both are
+    the same.
     """
 
-    path = ''  # of the file, for messages; empty for arrays
+    path: str = ''  # of the file, for messages; empty for arrays
     shape: tuple[int, int, int]  # height, width and number of color channels
     n_samples: int  # color channels plus extra samples
     dtype: np.dtype  # in native byte order
-    blank: float | None = None  # value of pixels without data; windows have NaN there, `read` returns this value
+    blank: float | None = None  # stored value of pixels without data; windows have NaN there, and `read` this value
     alpha: int | None = None  # index, from the end, of the alpha sample: 0 is transparent
     mask: Picture | None = None  # pixels that are not 0 here are not measured
-    scale, zero = 1.0, 0.0  # physical value = scale * stored value + zero
-    bottom_up = False  # whether the first row is displayed at the bottom
-    has_wcs = False  # whether its header has coordinates in the sky, see `wcs`
+    scale: float = 1.0  # see above
+    zero: float = 0.0  # see above
+    bottom_up: bool = False  # the first row is displayed at the bottom
+    has_wcs: bool = False  # its header has coordinates in the sky, see `wcs`
     starmap: Callable = staticmethod(itertools.starmap)  # processes groups of rows, for example in threads
 
     def __repr__(self) -> str:
@@ -609,7 +613,10 @@ class Picture:
         return f'<Picture {self.path or "in memory"}: {width} x {height} pixels, {n_channels} channels, {self.dtype}>'
 
     def read(self, start: int, stop: int, left: int = 0, right: int | None = None) -> np.ndarray:
-        """Return rows start to stop - 1 as a new (n_rows, n_columns, n_samples) ndarray in native byte order."""
+        """Return rows start to stop - 1 of columns left to right - 1, by default all.
+
+        The result is a new writable (n_rows, n_columns, n_samples) ndarray in native byte order.
+        """
         raise NotImplementedError
 
     def __getitem__(self, window: Any) -> np.ndarray:
@@ -635,7 +642,7 @@ class Picture:
         """Return the color channels of a window, and which of its pixels can be measured, (n_rows, n_columns) bool.
 
         Pixels can be measured if they are finite, not blank, not transparent, not masked, and not without data (zeros
-        around a registered stack).
+        around a registered stack). Rows and columns are slices with start and stop. Blank values stay numbers.
         """
         samples = self.read(rows.start, rows.stop, columns.start, columns.stop)
         color = samples[..., :self.shape[2]]
@@ -674,9 +681,9 @@ class Picture:
         """
         (height, width, n_channels), ends = self.shape, is_empty(color[:, [0, -1]])
         around = np.zeros((2, 2), bool)
-        for i, y, beside in ((0, rows.start - 1, ends[0]), (1, rows.stop, ends[-1])):
+        for i, y, ends_there in ((0, rows.start - 1, ends[0]), (1, rows.stop, ends[-1])):
             for j, x in enumerate((0, width - 1)):
-                if beside[j] and 0 <= y < height:
+                if ends_there[j] and 0 <= y < height:
                     around[i, j] = is_empty(self.read(y, y + 1, x, x + 1)[..., :n_channels])[0, 0]
         return np.concatenate([around[:1], ends, around[1:]])
 
@@ -869,7 +876,7 @@ def no_data(rows, ends_empty):
     data if the pixels above and below are not black: see `Picture._ends_empty`, (n_rows + 2, 2) bool.
     """
     found = np.zeros(rows.shape[:2], bool)
-    # Any long run has two neighbors of the pixels tested here. So most rows cost a sixteenth of the work.
+    # Every sixteenth pixel is tested. A long run has two of these in sequence. Most rows need no more work.
     every = is_empty(rows[:, ::LONG_RUN // 2])
     some = ends_empty[1:-1].any(axis=1) | (every[:, 1:] & every[:, :-1]).any(axis=1)
     if some.any():
@@ -901,7 +908,7 @@ CALM_TILES = 0.5  # fraction of the tiles that give the noise of a pixel: other 
 class Tiles(NamedTuple):
     """Medians of the tiles of a picture. The outermost tiles touch the borders."""
 
-    medians: np.ndarray  # (n_down, n_across, n_channels), data units; NaN if less than half of the tile can be measured
+    medians: np.ndarray  # (n_down, n_across, n_channels), data units; NaN unless more than half can be measured
     x: np.ndarray  # (n_across,): centers, pixels
     y: np.ndarray  # (n_down,)
     side: int  # pixels
@@ -932,7 +939,7 @@ def sample_tiles(picture):
     lower, medians, upper = np.moveaxis(found, 2, 0)
     deviation = ((upper - lower) / 1.349).reshape(-1, n_channels)  # of normal noise
     deviation = np.sort(deviation[np.isfinite(deviation).all(axis=1)], axis=0)
-    # The mean: quartiles of integers are integers.
+    # Averaged over tiles, since quartiles of integers are integers.
     calm = deviation[:math.ceil(CALM_TILES * len(deviation))]
     noise = calm.mean(axis=0) if len(calm) else np.zeros(n_channels)
     middle = (side - 1) / 2
@@ -942,7 +949,7 @@ def sample_tiles(picture):
 def quartiles(values, usable):
     """Return lower quartile, median and upper quartile, (n_tiles, 3, n_channels), of (n_tiles, n_channels, n) values.
 
-    Only usable values count, (n_tiles, n) bool. If less than half are usable, the result is NaN.
+    Only usable values are used, (n_tiles, n) bool. Unless more than half are usable, the result is NaN.
     """
     n = values.shape[2]
     kth = [n // 4, n // 2, n - 1 - n // 4]
@@ -966,7 +973,7 @@ class Chosen(NamedTuple):
 
     n_given: int  # points of the user, which come first
     n_places: int  # quiet places to choose from
-    agree: bool  # whether these agree on one smooth surface
+    agree: bool  # the sky among these agrees on one smooth surface; always True with a reference
 
 
 class Measured(NamedTuple):
@@ -1060,8 +1067,8 @@ def measure_levels(image: ArrayLike | Picture, points: ArrayLike | Points, sigma
     Raises
     ------
     RmgradientError
-        If a point is outside the picture. If a measured point is masked, within ceil(3 sigma) of the border, or has
-        less than half of its weight on usable pixels.
+        If sigma is out of range or too large for the picture. If a point is outside. If a measured point is masked,
+        within ceil(3 sigma) of the border, or has less than half of its weight on usable pixels.
     """
     points = as_points(points)
     windows = windows_of(as_picture(image), points, Settings(sigma=sigma).sigma, robust)
@@ -1233,10 +1240,10 @@ def _blocks_of(kernel_bytes):
 
 SHAPES = 2.0 ** np.arange(5)  # candidate shapes of the multiquadric, in units of the average distance between points
 SMOOTHNESS = 10.0 ** np.arange(-5, 2.1, 0.5)  # candidates for scipy's `smooth`
-LEAST_PLACES = 8  # points for automatic points or a tilted plane
+LEAST_PLACES = 8  # smallest number of points for automatic points, a reference, and a tilted plane
 EXACT = 1e-3  # noises of levels: smaller residuals count as zero
-# Width of the points over their length. Points closer to a line give a plane no tilt across it. The 'tilted plane'
-# allows more, for example in a frame of 20000 x 60 pixels.
+# Smallest width of the set of points over its length. If the points are closer to a line, the plane is not tilted
+# across it. A 'tilted plane' needs less width, for example in a frame of 20000 x 60 pixels.
 LEAST_ACROSS = {'plane': 0.01, 'tilted plane': 1e-5}
 MOST_TILTED = 0.5  # a tilted plane must reduce the squared errors by this factor
 
@@ -1383,7 +1390,7 @@ def _likeliest_of_each_trend(problem, rounding, least_shape):
 def _decompose(kernel, epsilon):
     """Return the _Spectrum of a (n_points, n_points) kernel of some shape."""
     means = kernel.mean(axis=0)
-    # The constant gets an eigenvalue above all others, and is cut off.
+    # The constant vector is shifted to the largest eigenvalue, and then dropped.
     matrix = means[:, None] + means - kernel
     matrix += 2 * means.max() - means.mean()
     eigenvalues, vectors = np.linalg.eigh(matrix)
@@ -1407,7 +1414,7 @@ def _likeliest(spectrum, smoothness, trend):
     unlikely = np.log(variance).sum(axis=1) + np.linalg.slogdet(h)[1]
     n_free = len(trend.terms) - trend.terms.shape[1]
     unlikely = residuals.shape[1] * unlikely + n_free * np.log(misfit).sum(axis=1)
-    unlikely = np.round(unlikely, 9)  # four points and a plane do not depend on it: take the first
+    unlikely = np.round(unlikely, 9)  # equal ones, as of four points and a plane: argmin takes the first
     i = unlikely.argmin()
     return unlikely[i], smoothness[i]
 
@@ -1563,14 +1570,14 @@ class BackgroundModel(NamedTuple):
         """Return (len(x), len(y), n_channels) values, `BLOCK` pairs of node and center at a time."""
         center_x, center_y = self.centers.T
         scale = 1 / self.epsilon
-        below = ((y[:, None] - center_y) * scale) ** 2 + 1
+        dy2 = ((y[:, None] - center_y) * scale) ** 2 + 1
         values = np.empty((len(x), len(y), self.n_channels))
         step = max(1, BLOCK // len(self.centers))
         for column in range(0, len(x), step):
             here = slice(column, column + step)
-            beside = ((x[here, None] - center_x) * scale) ** 2
+            dx2 = ((x[here, None] - center_x) * scale) ** 2
             for row in range(len(y)):
-                values[here, row] = np.sqrt(beside + below[row]) @ self.weights
+                values[here, row] = np.sqrt(dx2 + dy2[row]) @ self.weights
         constant, along_x, along_y = self.plane
         return values + (constant + x[:, None] * along_x)[:, None] + y[:, None] * along_y
 
@@ -1614,11 +1621,11 @@ class Fit(NamedTuple):
     measured: Measured  # points of the model, and the levels of the background there
     model: BackgroundModel
     adaptive: AdaptiveModel | None = None  # how the adaptive model was chosen; None for the classic one
-    beside: Beside | None = None  # how well the reference fits, if there is one
+    reference: ReferenceFit | None = None  # how well the reference fits, if there is one
 
     def __repr__(self) -> str:
-        kind = 'adaptive' if self.adaptive else 'classic'
-        return f'<Fit: {kind}{", with a reference" if self.beside else ""}, {self.measured.points!r}, {self.model!r}>'
+        kind = f'{"adaptive" if self.adaptive else "classic"}{", with a reference" if self.reference else ""}'
+        return f'<Fit: {kind}, {self.measured.points!r}, {self.model!r}>'
 
 
 def fit_background(measured: Measured, smooth: float | str = 'auto') -> Fit:
@@ -1635,9 +1642,11 @@ def fit_background(measured: Measured, smooth: float | str = 'auto') -> Fit:
     Raises
     ------
     RmgradientError
-        If the smoothness is not a number from 0, or makes the equations singular.
+        If there are less than two points, or the smoothness is not a number from 0, or makes the equations singular.
     """
     points, levels = measured.points, measured.levels
+    if len(levels) < 2:
+        raise RmgradientError(f'{len(levels)} points are too few for a surface; give at least three')
     if Settings(smooth=smooth).is_adaptive:
         # Residuals far below the noise come from an exact reference. They would determine the shape alone.
         adaptive = choose_model(points, levels, EXACT * np.median(measured.noise, axis=0))
@@ -1659,7 +1668,8 @@ def fit_background(measured: Measured, smooth: float | str = 'auto') -> Fit:
 # ---- Misfits -------------------------------------------------------------------------------------
 
 MISFIT = 6.0  # standard deviations: a point with a larger error gets a warning
-UNLIKELY, UNRELATED = 25.0, 0.5  # points do not agree if errors exceed so many noises, and this part of their scatter
+# Points hardly agree if the RMS of their errors is above UNLIKELY noises of levels, and UNRELATED times their scatter.
+UNLIKELY, UNRELATED = 25.0, 0.5
 
 
 def find_misfits(fit: Fit) -> list[tuple[int, float]]:
@@ -1674,7 +1684,7 @@ def find_misfits(fit: Fit) -> list[tuple[int, float]]:
     -------
     list of (int, float)
         Index of the point, and its error in the worst channel, in data units. It is positive if the point is too
-        bright. The worst point comes first.
+        bright. The most significant point comes first.
 
     Notes
     -----
@@ -1803,26 +1813,26 @@ BINNED = 1200  # binned pixels along the longer side
 MOST_SHIFT, MOVED = 100, 1.0  # pixels: largest shift between pictures of one size, and smallest one that is corrected
 
 
-class Beside(NamedTuple):
+class ReferenceFit(NamedTuple):
     """How well a reference fits the picture."""
 
     kept: np.ndarray  # (n_points,) bool: points that fit the reference
     scale: np.ndarray  # (n_channels,): light in the picture over light in the reference
     error: np.ndarray  # (n_channels,): standard error of the scale
     unexplained: np.ndarray  # (n_channels,): standard deviation of the residuals, data units
-    bend: np.ndarray  # (2, n_channels): quadratic term of its light, RMS in data units, and over its error
+    bend: np.ndarray  # (2, n_channels): RMS of the quadratic term of its light, data units; and this over its error
     explained: np.ndarray  # (n_channels,) bool: the reference shows the details of this channel; else it is not used
 
     def __repr__(self) -> str:
         scales = ', '.join(f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(self.scale, self.error))
-        return f'<Beside: {np.count_nonzero(self.kept)} of {len(self.kept)} points fit, scale {scales}>'
+        return f'<ReferenceFit: {np.count_nonzero(self.kept)} of {len(self.kept)} points fit, scale {scales}>'
 
 
 class NotRegistered(RmgradientError):
     """A reference does not show the details of a picture, or cannot be registered to it."""
 
 
-def fit_beside_reference(measured: Measured, reference: ArrayLike) -> Fit:
+def fit_with_reference(measured: Measured, reference: ArrayLike) -> Fit:
     """Fit the background of a picture with a reference: a picture of the same field with less gradient.
 
     Parameters
@@ -1836,7 +1846,8 @@ def fit_beside_reference(measured: Measured, reference: ArrayLike) -> Fit:
     Raises
     ------
     RmgradientError
-        If there are too few points, or the reference does not show the details of the picture.
+        If there are fewer than eight points with levels of their own, if levels of the reference have another shape or
+        are not finite, or if the reference does not show the details of the picture.
     """
     levels = measured.levels
     try:
@@ -1850,11 +1861,11 @@ def fit_beside_reference(measured: Measured, reference: ArrayLike) -> Fit:
         raise RmgradientError(f'levels of a reference of shape {reference.shape} are not finite numbers for a picture '
                               f'with levels of shape {levels.shape}')
     known = ReferenceLevels(reference, reference, levels, np.median(reference, axis=0))
-    return fit_with_reference(measured._replace(reference=known))
+    return _fit_measured_reference(measured._replace(reference=known))
 
 
-def fit_with_reference(measured):
-    """Fit the background of a picture with its measured reference, see `fit_beside_reference`.
+def _fit_measured_reference(measured):
+    """Fit the background of a picture with its measured reference, see `fit_with_reference`.
 
     Stars have other colors and sizes in another picture. So levels without stars are compared, from the same pixels of
     both pictures. In channels where only stars determine the scale, levels with stars are compared. A channel that the
@@ -1862,30 +1873,30 @@ def fit_with_reference(measured):
     """
     levels, reference = measured.levels, measured.reference
     if len(np.unique(measured.points.leader)) < LEAST_PLACES:
-        raise RmgradientError(f'{len(levels)} points are too few to tell its light from the background; '
+        raise RmgradientError(f'{len(levels)} points are too few to separate its light from the background; '
                               f'give at least {LEAST_PLACES}')
     light, with_stars = (np.broadcast_to(each - reference.zero, levels.shape)
                          for each in (reference.levels, reference.plain))
     fit = _fit_kept(measured, light)
-    weak = ~(fit.beside.error < WEAK * np.abs(fit.beside.scale))
+    weak = ~(fit.reference.error < WEAK * np.abs(fit.reference.scale))
     if weak.any() and reference.plain is not reference.levels:
         measured = measured._replace(levels=np.where(weak, reference.ours, levels))
         light = np.where(weak, with_stars, light)
         fit = _fit_kept(measured, light)
-    if not fit.beside.explained.any():
-        # A broad nebula is smooth, too. Without this start it was fitted as background.
+    if not fit.reference.explained.any():
+        # Starting from a scale of 0, the fit would take a broad nebula for background.
         plane = trend_terms(measured.points.centers, measured.points.centers, 'plane')
         detail, ours = without_trend(light, plane), without_trend(measured.levels, plane)
         start = (detail * ours).sum(axis=0) / np.maximum((detail**2).sum(axis=0), TINY)
         fit = _fit_kept(measured, light, start)
-    explained = fit.beside.explained
+    explained = fit.reference.explained
     if not explained.any():
         raise NotRegistered('its details are not those of the picture; is it registered, and does it show the same '
                             'field?')
     if explained.all():
         return fit
     fit = _fit_kept(measured, light * explained)
-    return fit._replace(beside=fit.beside._replace(explained=explained))
+    return fit._replace(reference=fit.reference._replace(explained=explained))
 
 
 def _fit_kept(measured, light, start=0.0):
@@ -1914,9 +1925,9 @@ def _fit_kept(measured, light, start=0.0):
         kept &= kept[leader]  # an isoline without its first point has no level
     background = measured.subset(kept)
     background = background._replace(levels=background.levels - scale * light[kept])
-    beside = Beside(kept, scale, error, rms(fit.adaptive.errors), _bend_of(fit, background, light[kept]),
+    found = ReferenceFit(kept, scale, error, rms(fit.adaptive.errors), _bend_of(fit, background, light[kept]),
                     correlation >= LEAST_CORRELATION)
-    return fit._replace(measured=background, beside=beside)
+    return fit._replace(measured=background, reference=found)
 
 
 @np.errstate(over='ignore', divide='ignore', invalid='ignore')  # a constant reference explains nothing
@@ -1941,7 +1952,7 @@ def _fit_scale(measured, light, start):
 
 @np.errstate(all='ignore')  # a constant reference
 def _bend_of(fit, background, light):
-    """Return the quadratic term of the reference's light in the picture, see `Beside`. It is 0 if both are linear."""
+    """Return the quadratic term of the reference's light, see `ReferenceFit`. It is 0 if both are linear."""
     centers, precision = background.points.centers, fit.adaptive.precision
     terms = trend_terms(centers, centers, fit.adaptive.trend)
     detail, curved, left = (without_trend(each, terms) for each in (light, light**2, background.levels))
@@ -1954,27 +1965,27 @@ def _bend_of(fit, background, light):
     return np.nan_to_num(np.stack([np.abs(shared / own) * rms(curved), np.abs(shared / own) / error]))
 
 
-def check_beside(fit, picture, sigma):
+def check_reference_fit(fit, picture, sigma):
     """Return Findings for a reference that does not explain the picture, or is not linear."""
-    beside, noise, scale, findings = fit.beside, np.median(fit.measured.noise, axis=0), picture.scale, []
-    if not beside.explained.all():
-        names = [name_of_channel(i, len(noise)) for i in np.flatnonzero(~beside.explained)]
+    reference, noise, scale, findings = fit.reference, np.median(fit.measured.noise, axis=0), picture.scale, []
+    if not reference.explained.all():
+        names = [name_of_channel(i, len(noise)) for i in np.flatnonzero(~reference.explained)]
         findings.append(Finding(
             'channel', f'the reference does not explain {" and ".join(names)}, which is corrected without it',
             'use a reference that shows the same light', numbers={'channels': names}))
-    if (beside.unexplained > MISREGISTERED * noise)[beside.explained].any():
+    if (reference.unexplained > MISREGISTERED * noise)[reference.explained].any():
         findings.append(Finding(
-            'reference', f'the reference fits the points only to {in_words(scale * beside.unexplained)}, and the '
+            'reference', f'the reference fits the points only to {in_words(scale * reference.unexplained)}, and the '
             f'noise of their levels is {in_words(scale * noise)}', 'is it registered, and in the same colors?',
-            numbers={'noises': float((beside.unexplained / noise).max())}))
-    size, significant = np.median((beside.bend / [noise, 1 + 0 * noise])[:, beside.explained], axis=1)
+            numbers={'noises': float((reference.unexplained / noise).max())}))
+    size, significant = np.median((reference.bend / [noise, 1 + 0 * noise])[:, reference.explained], axis=1)
     if significant > BENT and size > BENT_NOISES:
         findings.append(Finding(
             'not linear', f'the reference is stretched: its light is not proportional to that of the picture, by '
             f'{rounded(scale * size * noise.mean())}', 'use one that is not stretched',
             numbers={'noises': float(size), 'significance': float(significant)}))
     # The noise of pixels alone: in a nebula, the noise of levels includes structure.
-    if (same := beside.unexplained < SAME * picture.tiles.noise / (2 * math.sqrt(math.pi) * sigma)).any():
+    if (same := reference.unexplained < SAME * picture.tiles.noise / (2 * math.sqrt(math.pi) * sigma)).any():
         names = ' and '.join(name_of_channel(i, len(noise)) for i in np.flatnonzero(same))
         findings.append(Finding('same', f'the reference has the same noise as the picture ({names}), so its '
                                 'gradient stays', 'use another exposure'))
@@ -2028,7 +2039,7 @@ class Reference:
         return np.stack(light, axis=1).reshape(*x.shape, -1)
 
 
-def measure_beside(pictures, points, sigma, given=None):
+def measure_with_reference(pictures, points, sigma, given=None):
     """Return Measured of points, with the levels of a Reference. `pictures` is a tuple of Picture and Reference.
 
     `given` tells which points come from the user, (n_points,) bool, by default all. If such a point cannot be measured
@@ -2043,7 +2054,7 @@ def measure_beside(pictures, points, sigma, given=None):
     def measure(i):
         place = points.x[i], points.y[i]
         both = _measure_both(picture, reference.picture, place, kernel) if there is None else (
-            _measure_apart(picture, reference.picture, (place, there[0][i], there[1][i]), (kernel, sigma)))
+            _measure_unaligned(picture, reference.picture, (place, there[0][i], there[1][i]), (kernel, sigma)))
         if not all((np.abs(each) < 1e140).all() for each in both[1:]):
             raise Lost
         return both
@@ -2091,7 +2102,7 @@ def _measure_both(picture, reference, place, kernel):
 
 
 @np.errstate(invalid='ignore', over='ignore')
-def _measure_apart(picture, reference, places, kernel_and_sigma):
+def _measure_unaligned(picture, reference, places, kernel_and_sigma):
     """As `_measure_both`, for a reference with other pixels.
 
     Takes the place in the picture, the place on the reference, and the (2, 2) derivatives of the map there. A star is
@@ -2134,7 +2145,7 @@ def _measure_apart(picture, reference, places, kernel_and_sigma):
 def _looked_up(kept, radius, slopes, shift):
     """Look up an (n, n) bool window at the pixels of another window, by a linear map about the middles.
 
-    The result is True outside.
+    Pixels outside the other window are True.
     """
     offsets = np.stack(np.meshgrid(*[np.arange(-radius, radius + 1)] * 2), axis=-1) @ slopes.T + shift
     x, y = np.rint(offsets).astype(int).transpose(2, 0, 1) + len(kept) // 2
@@ -2142,28 +2153,28 @@ def _looked_up(kept, radius, slopes, shift):
     return np.where(inside, kept[np.where(inside, y, 0), np.where(inside, x, 0)], True)
 
 
-def references(picture, beside):
+def references(picture, other):
     """Yield functions that register another Picture to a picture, and return a Reference.
 
     In this order: the same size and close stars; coordinates of both in the sky; patterns of stars; the same size
-    whatever the stars are. A function raises NotRegistered if it fails, and RmgradientError if a package is missing.
+    without a test of the stars. A function that fails raises NotRegistered, or RmgradientError if a package is missing.
     """
-    if beside.shape[:2] == picture.shape[:2]:
-        yield lambda: register_by_shift(picture, beside.flipped if beside.bottom_up != picture.bottom_up else beside)
-        if beside.bottom_up != picture.bottom_up:
-            yield lambda: register_by_shift(picture, beside)
-    if picture.has_wcs and beside.has_wcs:
-        yield lambda: register_by_wcs(picture, beside)
-    yield lambda: register_by_stars(picture, beside)
-    if beside.shape[:2] == picture.shape[:2]:
-        yield lambda: Reference(beside)
+    if other.shape[:2] == picture.shape[:2]:
+        yield lambda: register_by_shift(picture, other.flipped if other.bottom_up != picture.bottom_up else other)
+        if other.bottom_up != picture.bottom_up:
+            yield lambda: register_by_shift(picture, other)
+    if picture.has_wcs and other.has_wcs:
+        yield lambda: register_by_wcs(picture, other)
+    yield lambda: register_by_stars(picture, other)
+    if other.shape[:2] == picture.shape[:2]:
+        yield lambda: Reference(other)
 
 
-def register_by_shift(picture, beside):
+def register_by_shift(picture, other):
     """Return the Reference of a picture of the same size, shifted if the stars in the middle are shifted."""
-    ours, theirs = picture.stars_of_middle, beside.stars_of_middle
+    ours, theirs = picture.stars_of_middle, other.stars_of_middle
     if min(len(ours), len(theirs)) < LEAST_STARS:
-        return Reference(beside)
+        return Reference(other)
     steps = (theirs - ours[:, None]).reshape(-1, 2)
     bins = np.rint(np.vstack([[0, 0], steps[(np.abs(steps) < MOST_SHIFT).all(axis=1)]]) / 2).astype(int)
     kinds, counts = np.unique(bins, axis=0, return_counts=True)
@@ -2175,14 +2186,14 @@ def register_by_shift(picture, beside):
         raise NotRegistered('its stars are at other places than those of the picture; is it registered, and does it '
                             'show the same field?')
     if moved.max() < MOVED:
-        return Reference(beside, is_sure=True)
+        return Reference(other, is_sure=True)
     where = f'shifted by up to {moved.max():.1f} pixels ({len(pairs)} stars)'
-    return Reference(beside, functools.partial(mapped, matrix=matrix), where)
+    return Reference(other, functools.partial(mapped, matrix=matrix), where)
 
 
-def register_by_wcs(picture, beside):
+def register_by_wcs(picture, other):
     """Return the Reference of a picture by the coordinates in the FITS headers of both."""
-    ours, theirs = picture.wcs(), beside.wcs()
+    ours, theirs = picture.wcs(), other.wcs()
 
     def locate(places):
         with np.errstate(all='ignore'):
@@ -2192,14 +2203,14 @@ def register_by_wcs(picture, beside):
     at = locate(size * np.array([[0.5, 0.5], [0.25, 0.25], [0.75, 0.75]]))
     if not np.isfinite(at).all():
         raise NotRegistered('its coordinates (WCS) show another field')
-    reference = Reference(beside, locate)
+    reference = Reference(other, locate)
     _, slopes = reference.locate(size[None] / 2.0)
     scale = math.sqrt(abs(np.linalg.det(slopes[0])))
-    reference.where = f'registered by coordinates (WCS), scale {scale:.4g}'
+    reference.where = f'registered by coordinates (WCS), magnified {scale:.4g} times'
     return reference
 
 
-def register_by_stars(picture, beside):
+def register_by_stars(picture, other):
     """Return the Reference of a picture by its stars. It may be turned, scaled or mirrored.
 
     Triangles of the brightest stars give a start (astroalign; Beroiz, Cabral and Sanchez 2020, Astronomy and Computing
@@ -2208,10 +2219,10 @@ def register_by_stars(picture, beside):
     try:
         import astroalign
     except ImportError as error:
-        raise RmgradientError('has other pixels than the picture: register it, or let its stars be found: '
+        raise RmgradientError('is not registered; register it, or let the program do it after: '
                               f'{how_to_install("astroalign")}') from error
-    ours, theirs = picture.stars, beside.stars
-    reach = MATCHED * bin_factor(*beside.shape[:2])
+    ours, theirs = picture.stars, other.stars
+    reach = MATCHED * bin_factor(*other.shape[:2])
     pairs, matrix = np.zeros((0, 2)), None
     for mirror in (1.0, -1.0):
         flip = np.array([mirror, 1.0])
@@ -2225,18 +2236,18 @@ def register_by_stars(picture, beside):
         raise NotRegistered(f'its stars do not match those of the picture ({len(pairs)} of {len(ours)} and '
                             f'{len(theirs)} found); does it show the same field?')
     (a, b), (c, d) = matrix[:2]
-    scale, angle = math.sqrt(abs(a * d - b * c)), math.degrees(math.atan2(b, a))
+    scale, angle = math.sqrt(abs(a * d - b * c)), round(math.degrees(math.atan2(b, a)), 2) + 0.0
     mirrored = ', mirrored' if a * d < b * c else ''
     middle = np.array([*picture.shape[1::-1], 2.0]) / 2 @ matrix
-    where = (f'registered by {len(pairs)} stars, scale {scale:.4f}, turned by {angle:.2f} degrees{mirrored}, middle at '
-             f'({middle[0]:.0f}, {middle[1]:.0f})')
-    return Reference(beside, functools.partial(mapped, matrix=matrix), where)
+    where = (f'registered by {len(pairs)} stars, magnified {scale:.4f} times, turned by {angle:.2f} degrees{mirrored}, '
+             f'middle at ({middle[0]:.0f}, {middle[1]:.0f})')
+    return Reference(other, functools.partial(mapped, matrix=matrix), where)
 
 
 def refine_map(ours, theirs, matrix, reach):
     """Return the index pairs of matching stars, (n, 2), and their (3, 2) affine map, starting from another map.
 
-    So the result does not depend on the start, which is random.
+    All matching stars are fitted, so any close start gives the same map. The start of astroalign is random.
     """
     from scipy.spatial import KDTree
     tree, places = KDTree(theirs), np.hstack([ours, np.ones((len(ours), 1))])
@@ -2310,16 +2321,16 @@ def check_reference(shape, reference_shape):
 AUTO = 15  # cells along the longer side: each offers one point
 MOST_CELLS = 30  # along the longer side: more take minutes
 # Quiet places
-LEAST_USABLE = 0.75  # of the pixels of a window: cells next to holes and masks have better windows
-SMOOTH = 0.04  # of the variance of the calmest tenth: windows with less were filled, not exposed
+LEAST_USABLE = 0.75  # fraction of the pixels of a window that must be usable
+SMOOTH = 0.04  # of the variance of the calmest tenth: windows with less were filled by a program
 # Consensus
-FIRST_STEPS, MOST_STARTS = 3, 10  # after so many steps, only so many starts go on, the best ones
+FIRST_STEPS, MOST_STARTS = 3, 10  # after FIRST_STEPS steps, only the MOST_STARTS best starts are continued
 DEGREES = range(1, 9)  # of the polynomials: higher degrees would follow nebulae
 AGREES = 1.3  # times the 99 % quantile of chi-squared: closer places are on the surface
 DROPPED = 5.0  # largest cost of a place: with 8, surfaces follow nebulae; with 3, too few places remain
 BELOW = 4.0  # standard deviations: a place farther below the surface costs more, since little is darker than the sky
-LEAST_VARIANCE = 0.25  # of the levels about the surface, in units of their noise: a better fit has no better score
-MOST_SCATTER_OF_ALL = 4.2  # noises, over the fraction of places that is sky: with more scatter, places do not agree
+LEAST_VARIANCE = 0.25  # of the levels about the surface, in squares of their noise: less does not improve the score
+MOST_SCATTER_OF_ALL = 4.2  # noises: if scatter / (fraction of places that is sky) is larger, places do not agree
 # Places that the consensus leaves out
 NEIGHBORS = 1.7  # cells: closer places are neighbors, also diagonally
 RIM = 0.4  # a place with a larger fraction of its neighbors off the surface is on the rim of a nebula
@@ -2327,10 +2338,10 @@ GROUP = 3  # so many neighbors off the surface are a nebula or the end of a glow
 CORNER = 6  # places: a smaller group in a corner is the end of a glow
 MOST_END, ROUGH = 0.2, 6.0  # fraction of places, typical errors: a larger or rougher group is not the end of a glow
 GLOW_LEFT = 0.2  # of the excess: residuals of a glow in a corner are smaller; those of nebulae are a third or more
-FALLS = 0.97  # of the squared excess: a fall from a corner or border explains more of a glow, and 0.89 of nebulae
+FALLS = 0.97  # of the squared excess: a falling curve explains more of a glow, and at most 0.89 of a nebula
 STANDS_OUT, JOINS, FAINT = 7.0, 5.5, 1.5  # typical errors: to leave out, to take back, to leave out near a nebula
 # Places that do not agree
-LIGHT = 0.03  # weight of places above the low surface: with 0.1, it runs through nebulae
+WEIGHT_ABOVE = 0.03  # weight of places above the low surface: with 0.1, it runs through nebulae
 LOWEST = 0.25  # fraction of the places that count as sky then
 PLANAR = 6.0  # a cubic must fit so many times better than a plane
 STIFF = {1: 3.0, 3: 0.8}  # least shape by degree, over the longer side, so that the model does not follow nebulae
@@ -2338,8 +2349,9 @@ STIFF = {1: 3.0, 3: 0.8}  # least shape by degree, over the longer side, so that
 LEAST_GIVEN = 5  # from which others can grow: fewer do not predict each other
 AS_PREDICTED, ROUNDS = 2.0, 30  # typical errors within which a place joins, and largest number of rounds
 MOST_SCATTER = 4.0  # noises: if the grown sky scatters more, it does not agree
-FAR_BELOW = 6.0  # noises: certain points so far below the sky of the others show that it is a nebula,
-MOST_BELOW = 0.75  # if their fraction is larger: where a glow is steep, half may be below an oscillating model
+# If a larger fraction than MOST_BELOW of the certain points is more than FAR_BELOW noises below the sky of the others,
+# that sky is a nebula. On a steep glow, half of them can be below an oscillating model.
+FAR_BELOW, MOST_BELOW = 6.0, 0.75
 
 
 class Sites(NamedTuple):
@@ -2379,10 +2391,11 @@ def choose_points(image: ArrayLike | Picture, n: int = AUTO, sigma: float = SIGM
     image : (height, width, n_channels) or (height, width) array_like, or a Picture
         It is read once in strips. Then the windows around the points are read.
     n : int
-        Cells of a grid along the longer side, 3 to 30. Each cell offers one point.
+        Cells of a grid along the longer side, 3 to 30. Each cell offers one point. Cells at the border, and next to
+        areas without data, offer up to four.
     sigma : float
         Standard deviation of the Gaussian blur at the points, in pixels.
-    given : Points, optional
+    given : Points or (n_points, 2) array_like, optional
         Points that are certainly sky. They come first, all are kept, and the surface goes through them.
 
     Returns
@@ -2393,7 +2406,7 @@ def choose_points(image: ArrayLike | Picture, n: int = AUTO, sigma: float = SIGM
     Raises
     ------
     RmgradientError
-        If there are too few places without structure.
+        If n or sigma is out of range, a given point cannot be measured, or there are too few places without structure.
 
     Notes
     -----
@@ -2407,7 +2420,7 @@ def choose_points(image: ArrayLike | Picture, n: int = AUTO, sigma: float = SIGM
     points, levels, noise = measured.points, measured.levels, np.median(measured.noise, axis=0)
     noise = with_rounding(noise, picture, points, sigma)
     rounding = 1e-9 * np.abs(levels).max(axis=0) + TINY
-    varies = np.ptp(levels, axis=0) > rounding  # a constant channel tells nothing
+    varies = np.ptp(levels, axis=0) > rounding  # a constant channel has no information
     varies |= not varies.any()
     noise, size = np.maximum(noise, rounding)[varies], np.array(picture.shape[1::-1])
     sites = Sites(points, levels[:, varies], noise, is_given, size, size.max() / n)
@@ -2423,7 +2436,7 @@ def join_quiet_places(picture, n, sigma, given):
     """Return Points of given points and quiet places, and which are given, (n_points,) bool."""
     if not (isinstance(n, numbers.Integral) and 3 <= n <= MOST_CELLS):
         raise RmgradientError(f'a grid of {n} cells along the longer side is not from 3 to {MOST_CELLS}')
-    given = given or unchecked_points([])
+    given = unchecked_points([]) if given is None else as_points(given, least=1)
     places = find_quiet_places(picture, n, Settings(sigma=sigma).sigma)
     if len(given.x) + len(places) < LEAST_PLACES:
         raise RmgradientError(f'too few quiet places with data, {len(places)}; use a finer grid, a smaller '
@@ -2454,7 +2467,7 @@ def measure_places(picture, points, sigma_and_robust, is_given):
     return measured_from(points.subset(kept), windows), is_given[kept]
 
 
-class Sky(NamedTuple):
+class SkyPlaces(NamedTuple):
     """Which places are sky."""
 
     is_sky: np.ndarray  # (n_places,) bool
@@ -2463,7 +2476,7 @@ class Sky(NamedTuple):
 
 
 def choose_sky(sites):
-    """Return the Sky of places, some of which may be certain.
+    """Return the SkyPlaces of places, some of which may be certain.
 
     If few points are certain, they take part in the consensus. Otherwise they are compared with the sky of the other
     places. If that sky agrees, and they are not far below it, they are added to it. If not, the sky grows from the
@@ -2476,17 +2489,17 @@ def choose_sky(sites):
     others = sky_of(sites.subset(~certain))
     is_sky = certain.copy()
     is_sky[~certain] = others.is_sky
-    if others.agree and not is_far_above(is_sky & ~certain, certain, sites):
+    if others.agree and not contradicts_certain(is_sky & ~certain, certain, sites):
         return others._replace(is_sky=is_sky)
     with contextlib.suppress(RmgradientError):  # too few places of sky
         grown = follow_model(grow_from_certain(sites), sites)
         if (robust_std(grown.model.errors) < MOST_SCATTER * sites.noise).all():
-            return Sky(leave_faint_ends(grown, sites), True)
+            return SkyPlaces(leave_faint_ends(grown, sites), True)
     return others._replace(is_sky=is_sky, agree=False)
 
 
 def sky_of(sites):
-    """Return the Sky of places: their consensus, corrected where it is known to fail.
+    """Return the SkyPlaces of places: their consensus, corrected where it is known to fail.
 
     The ends of glows are taken back. The rims of rejected groups are left out. Then places that stand out above the
     adaptive model are left out, and peaks of glows are taken back. If the places scatter too much about the consensus,
@@ -2503,10 +2516,10 @@ def sky_of(sites):
     if peak.any():
         followed = follow_model(followed.is_sky | peak, sites, glow | peak)
     is_sky = leave_faint_ends(followed, sites)
-    return Sky(is_sky, agree) if scatter < MOST_SCATTER_OF_ALL * is_sky.mean() else lower_sky(sites)
+    return SkyPlaces(is_sky, agree) if scatter < MOST_SCATTER_OF_ALL * is_sky.mean() else lower_sky(sites)
 
 
-def is_far_above(is_sky, certain, sites):
+def contradicts_certain(is_sky, certain, sites):
     """Whether most certain places are far below the model through the sky of others."""
     if is_sky.sum() < LEAST_PLACES:
         return True
@@ -2516,25 +2529,30 @@ def is_far_above(is_sky, certain, sites):
 
 
 def lower_sky(sites):
-    """Return the Sky of places that are mostly on a nebula: the lowest places, with a stiff surface.
+    """Return the SkyPlaces of places that are mostly on a nebula: the lowest places, with a stiff surface.
 
     If a nebula or a galaxy fills the frame, the largest set that agrees includes both sky and structure. But nebulae
     are bright, so the sky is below. Asymmetric least squares find a low surface without choosing a set (expectiles;
-    Newey and Powell 1987, Econometrica 55, 819): places above the surface get the weight `LIGHT`. The surface is a
-    plane, unless a cubic fits much better. The model goes through the `LOWEST` places. A large least shape keeps it
-    from following structure.
+    Newey and Powell 1987, Econometrica 55, 819): places above the surface have a small weight. The surface is a plane,
+    unless a cubic fits much better. The model goes through the `LOWEST` places. A large least shape keeps it from
+    following structure.
     """
     levels, surfaces = sites.levels / sites.noise, {}
     for degree in STIFF:
         terms = legendre_terms(2 * sites.points.centers / sites.size - 1, degree)
         if degree == 1 or len(terms) >= 2.5 * terms.shape[1]:
             residuals = asymmetric_residuals(terms, levels)
-            surfaces[degree] = residuals, (np.where(residuals > 0, LIGHT, 1 - LIGHT) * residuals**2).mean()
+            surfaces[degree] = residuals, (asymmetry_of(residuals) * residuals**2).mean()
     is_planar = 3 not in surfaces or surfaces[1][1] < PLANAR * surfaces[3][1]
     degree = 1 if is_planar else 3
     residuals, _ = surfaces[degree]
     is_low = residuals <= np.sort(residuals)[max(LEAST_PLACES, round(LOWEST * len(residuals))) - 1]
-    return Sky(is_low | sites.certain, False, STIFF[degree] * sites.size.max())
+    return SkyPlaces(is_low | sites.certain, False, STIFF[degree] * sites.size.max())
+
+
+def asymmetry_of(residuals):
+    """Return the weights of asymmetric least squares."""
+    return np.where(residuals > 0, WEIGHT_ABOVE, 1 - WEIGHT_ABOVE)
 
 
 def asymmetric_residuals(terms, levels):
@@ -2543,13 +2561,13 @@ def asymmetric_residuals(terms, levels):
     for _ in range(50):
         root = np.sqrt(weights)[:, None]
         residuals = (levels - terms @ np.linalg.lstsq(terms * root, levels * root, rcond=None)[0]).sum(axis=1)
-        before, weights = weights, np.where(residuals > 0, LIGHT, 1 - LIGHT)
+        before, weights = weights, asymmetry_of(residuals)
         if (weights == before).all():
             break
     return residuals
 
 
-def places_beside_reference(picture, n, sigma, given=None):
+def places_with_reference(picture, n, sigma, given=None):
     """Return Points of given points and all quiet places of a picture, and which are given."""
     points, is_given = join_quiet_places(picture, n, sigma, given)
     kept = is_given | (distances_from(points.centers, is_given) > 2 * sigma)
@@ -2982,7 +3000,7 @@ def quietest_of_cells(windows, size, n):
 
 # ---- Sky level -----------------------------------------------------------------------------------
 
-LIKE = 4.0  # levels of frames of one field differ by a smaller factor
+LIKE = 4.0  # factor: frames of one field have more similar levels
 
 def find_sky(fit: Fit, picture: Picture, settings: Settings) -> np.ndarray:
     """Return the level of the corrected sky, (n_channels,) in data units.
@@ -2991,7 +3009,7 @@ def find_sky(fit: Fit, picture: Picture, settings: Settings) -> np.ndarray:
     ----------
     fit : Fit
     picture : Picture
-        For the size of the frame.
+        The picture to correct: its size, type and scale are used.
     settings : Settings
         Its `sky` is
 
@@ -3089,7 +3107,7 @@ class Correction:
     - 'stretch': sky + (picture - background) * (white - sky) / (white - background), so that white stays white;
     - 'divide': picture * sky / background.
     """
-    # The only class that rounds and limits. To stretch in the classic way (`Settings.is_classic`), sky counts as 0.
+    # No other class rounds and limits. In the classic stretch (`Settings.is_classic`), the sky level is 0.
 
     fit: Fit
     sky: np.ndarray  # (n_channels,): level of the corrected sky, data units
@@ -3144,12 +3162,20 @@ class Correction:
         Raises
         ------
         RmgradientError
-            If the image has other channels than the correction. To stretch, if floats are above white.
+            If the image has other channels or another width than the correction, or start is not the number of a row.
+            To stretch, if the background is as bright as white.
+
+        Warns
+        -----
+        RmgradientWarning
+            If many pixels became black or white.
         """
         picture = as_picture(image)
         height, width, n_channels = picture.shape
         if n_channels != self.model.n_channels:
             raise RmgradientError(f'{n_channels} channels, and the correction is for {self.model.n_channels}')
+        if width != self.picture.shape[1]:
+            raise RmgradientError(f'{width} pixels wide, and the correction is for {self.picture.shape[1]}')
         if not (isinstance(start, numbers.Integral) and 0 <= int(start) < 2**31):
             raise RmgradientError(f'start is {start!r}, not the number of a row')
         start = int(start)
@@ -3309,12 +3335,16 @@ REASONS = {'step': 'there is a step', 'filled': 'there is no smooth sky', 'struc
 LEAST_EDGE, EDGE_DEPTH = 0.5, 5  # noises; an edge of up to so many tiles is compared with as many tiles inside
 LEAST_TILES = 2 * EDGE_DEPTH + 2  # across the picture
 REACHED = 0.1  # of the longer side: the background follows an edge or a corner if points are so close
-UNEVEN = 0.45  # of its mean: largest deviation of four in five tiles along an edge
-SHARE, SCATTERS, OTHERS = 0.85, 2.0, 10.0  # a step: fraction of jumps with its sign; height over the scatter of jumps,
-# and over the jumps of parallel lines
-RAMP = -0.9, 0.35  # of the height of a step: slopes on its sides; more is a bend, less the fit's rebound
-LEAST_CORNER, EXPLAINED, NARROW = 0.8, 0.85, 0.13  # noises; by the distance alone; half width over the longer side
-FINE, FINE_PART, FINE_SHAPE = 0.3, 0.14, 3.0  # noises; of the scatter of the model; of the distance between points
+UNEVEN = 0.45  # of the median of an edge: four in five of its tiles differ from it by less
+SHARE = 0.85  # of the jumps along a step: at least so many have the same sign
+SCATTERS = 2.0  # smallest height of a step over the scatter of its jumps
+OTHERS = 10.0  # smallest height of a step over the jumps on parallel lines
+RAMP = -0.9, 0.35  # slopes beside a step, over its height: larger ones are a bend, smaller ones the rebound of a fit
+LEAST_CORNER = 0.8  # noises: smallest rise towards a corner
+EXPLAINED = 0.85  # smallest fraction of the squared rise that the distance from the corner explains
+NARROW = 0.13  # of the longer side: largest half width of a rise
+FINE, FINE_PART = 0.3, 0.14  # smallest structure of a model: noises, and fraction of the scatter of the background
+FINE_SHAPE = 3.0  # average distances between points: models with a larger shape have no structure
 
 
 class StepRule(NamedTuple):
@@ -3322,7 +3352,7 @@ class StepRule(NamedTuple):
 
     least: float  # height, noises
     even: float  # smallest fraction of the height in each quarter of the line
-    slopes: np.ndarray  # tiles a tile
+    slopes: np.ndarray  # rows per column, tiles
 
 
 STRAIGHT, PART = StepRule(0.4, 0.6, np.zeros(1)), StepRule(0.8, 0.75, np.zeros(1))
@@ -3460,21 +3490,21 @@ class Leftover(NamedTuple):
         return (0, start, width, min(stop, height)) if axis == 0 else (start, 0, min(stop, width), height)
 
     def words(self, noises, channel):
-        """Return a height in data units as text."""
+        """Return a height, given in noises, as text in physical units with 'brighter' or 'darker'."""
         return f'{rounded(noises * self.noise[channel] * self.picture.scale)} {"brighter" if noises > 0 else "darker"}'
 
 
-def check_left(left, points):
+def check_leftover(leftover, points):
     """Return Findings for edges, steps and corners that remain in the result, unless the picture is too small.
 
     If no points are near, the surface can cause such edges. If a nebula fills the frame, it reaches edges, too.
     """
-    if min(left.levels.shape[:2]) < LEAST_TILES:
+    if min(leftover.levels.shape[:2]) < LEAST_TILES:
         return []
-    findings = _find_left(left)
+    findings = _find_defects(leftover)
     if points.least_shape:
         return [each for each in findings if each.kind == 'step']
-    reach = REACHED * max(left.picture.shape[:2])
+    reach = REACHED * max(leftover.picture.shape[:2])
     for i, finding in enumerate(findings):
         if finding.kind != 'step':
             x0, y0, x1, y1 = finding.places[0]
@@ -3485,82 +3515,82 @@ def check_left(left, points):
     return findings
 
 
-def _find_left(left):
+def _find_defects(leftover):
     """Return Findings for edges, steps and corners."""
-    edges, steps = check_edges(left), []
+    edges, steps = check_edges(leftover), []
     for axis in (0, 1):
-        height, row, slope, part, channel = left.strongest(lambda a, axis=axis: find_step(a if axis == 0 else a.T))
+        height, row, slope, part, channel = leftover.strongest(lambda a, axis=axis: find_step(a if axis == 0 else a.T))
         if height:
-            steps += describe_step(left, edges, (axis, height, row, slope, part, channel))
+            steps += describe_step(leftover, edges, (axis, height, row, slope, part, channel))
     if len(steps) == 2 and any(each.numbers['slope'] for each in steps):  # one slanted step, found along both axes
         steps = [max(steps, key=lambda each: abs(each.numbers['noises']))]
-    return steps or [*edges.values(), *check_corners(left, edges)]
+    return steps or [*edges.values(), *check_corners(leftover, edges)]
 
 
-def check_edges(left):
+def check_edges(leftover):
     """Return {side: Finding} for edges that fall or rise along their whole length."""
     edges = {}
     for axis, is_end in itertools.product((0, 1), (False, True)):
         inward = slice(None, None, -1 if is_end else 1)
-        off, n_rows, channel = left.strongest(lambda a, axis=axis, inward=inward: find_edge(
+        off, n_rows, channel = leftover.strongest(lambda a, axis=axis, inward=inward: find_edge(
             (a if axis == 0 else a.T)[inward]))
         if off:
-            n, side = n_rows * left.tiles.side, left.side(axis, is_end)
-            edges[side] = edge_finding(left, (axis, is_end, n), off, channel)
+            n, side = n_rows * leftover.tiles.side, leftover.side(axis, is_end)
+            edges[side] = edge_finding(leftover, (axis, is_end, n), off, channel)
     return edges
 
 
-def edge_finding(left, place, noises, channel):
+def edge_finding(leftover, place, noises, channel):
     """Return the Finding for an edge. Its place is (axis, whether it is at the end, width in pixels)."""
     axis, is_end, n = place
-    size, side, lines = left.picture.shape[axis], left.side(axis, is_end), ('rows', 'columns')[axis]
-    box = left.box(axis, size - n, size) if is_end else left.box(axis, 0, n)
-    text = f'the outermost {n} {lines} at the {side} are {left.words(noises, channel)} than those inside'
+    size, side, lines = leftover.picture.shape[axis], leftover.side(axis, is_end), ('rows', 'columns')[axis]
+    box = leftover.box(axis, size - n, size) if is_end else leftover.box(axis, 0, n)
+    text = f'the outermost {n} {lines} at the {side} are {leftover.words(noises, channel)} than those inside'
     return Finding('edge', text, 'crop them, or correct the flat', places=(box,),
                    numbers={'noises': noises, 'side': side, 'pixels': n})
 
 
-def describe_step(left, edges, found):
+def describe_step(leftover, edges, found):
     """Return the Findings for a step. A step close to a border is added to the edges: the strip should be cropped."""
     axis, height, row, slope, part, channel = found
-    place, size = (left.tiles.y, left.tiles.x)[axis][row], left.picture.shape[axis]
-    is_end, longer = bool(place > size / 2), max(left.picture.shape[:2])
-    side, inside = left.side(axis, is_end), size - place if is_end else place
+    place, size = (leftover.tiles.y, leftover.tiles.x)[axis][row], leftover.picture.shape[axis]
+    is_end, longer = bool(place > size / 2), max(leftover.picture.shape[:2])
+    side, inside = leftover.side(axis, is_end), size - place if is_end else place
     if side in edges and inside < 0.12 * longer and abs(height) < 0.7 * abs(edges[side].numbers['noises']):
         return []  # the inner end of an edge
     if part and inside < 0.12 * longer:
         return []  # a bright object at the border
     if inside < 0.08 * longer and not slope and not part:
-        edges[side] = edge_finding(left, (axis, is_end, round(inside)), height if is_end else -height, channel)
+        edges[side] = edge_finding(leftover, (axis, is_end, round(inside)), height if is_end else -height, channel)
         return []
     line = 'yx'[axis]
     where = f'a line that is slanted at {line} = {place:.0f}' if slope else f'{line} = {place:.0f}'
     if part:
-        where += f', in the {left.side(1 - axis, part > 0)} half'
-    counts = rounded(height * left.noise[channel] * left.picture.scale)
+        where += f', in the {leftover.side(1 - axis, part > 0)} half'
+    counts = rounded(height * leftover.noise[channel] * leftover.picture.scale)
     text = f'a step of {"-" if height < 0 else ""}{counts} along {where}, which no smooth background removes'
-    box = left.box(axis, place - left.tiles.side, place + left.tiles.side)
+    box = leftover.box(axis, place - leftover.tiles.side, place + leftover.tiles.side)
     return [Finding('step', text, 'stack with normalization, or crop', places=(box,), numbers={
         'noises': height, 'slope': slope, 'pixel': float(place), 'part': float(place / size)})]
 
 
-def check_corners(left, edges):
+def check_corners(leftover, edges):
     """Return Findings for glows in corners, unless an edge was found there."""
-    (height, width, _), findings = left.picture.shape, []
+    (height, width, _), findings = leftover.picture.shape, []
     longer = max(height, width)
     for is_low, is_right in itertools.product((False, True), repeat=2):
-        vertical, horizontal = left.side(0, is_low), left.side(1, is_right)
+        vertical, horizontal = leftover.side(0, is_low), leftover.side(1, is_right)
         if {vertical, horizontal} & set(edges):
             continue
         x, y = (abs(centers - is_end * size) / longer for centers, is_end, size in
-                ((left.tiles.x + 0.5, is_right, width), (left.tiles.y + 0.5, is_low, height)))
-        rise, half, channel = left.strongest(lambda a, x=x, y=y: find_corner(a, x, y))
+                ((leftover.tiles.x + 0.5, is_right, width), (leftover.tiles.y + 0.5, is_low, height)))
+        rise, half, channel = leftover.strongest(lambda a, x=x, y=y: find_corner(a, x, y))
         if rise:
             n, name = round(half * longer), f'{ {"top": "upper", "bottom": "lower"}[vertical]} {horizontal}'
             box = (width - n if is_right else 0, height - n if is_low else 0, width if is_right else n,
                    height if is_low else n)
             findings.append(Finding(
-                'corner', f'the {name} corner stays {left.words(rise, channel)}, a glow that no point follows',
+                'corner', f'the {name} corner stays {leftover.words(rise, channel)}, which no point follows',
                 'crop it, or correct the single frames (darks, flats)', places=(box,),
                 numbers={'noises': rise, 'corner': name, 'pixels': n}))
     return findings
@@ -3579,14 +3609,14 @@ def expected_errors(fit, places_x, places_y, noise):
     return factor * usual * np.sqrt(variance).reshape(x.shape)
 
 
-def check_structure(fit, left):
+def check_structure(fit, leftover):
     """Return the Finding for a model that follows structure, that is, bends between neighboring points."""
-    centers, background = fit.model.centers, left.background
+    centers, background = fit.model.centers, leftover.background
     n_down, n_across, n_channels = background.shape
     if fit.adaptive.epsilon >= FINE_SHAPE * average_spacing(centers):
         return []
     x, y = np.meshgrid(np.linspace(-1, 1, n_across), np.linspace(-1, 1, n_down))
-    known = np.isfinite(left.levels).all(axis=2)
+    known = np.isfinite(leftover.levels).all(axis=2)
     terms = legendre_terms(np.stack([x[known], y[known]], axis=1), 5)
     values = background[known]
     if len(terms) < 2 * terms.shape[1]:
@@ -3596,7 +3626,7 @@ def check_structure(fit, left):
     if fine <= max(FINE, FINE_PART * np.sqrt(values.var(axis=0).mean())):
         return []
     text = f'the background follows structure of {fit.adaptive.epsilon:.0f} pixels, and takes it from nebulae and dust'
-    advice = 'use a reference in the same colors, or points on empty sky' if fit.beside else NO_SKY
+    advice = 'use a reference in the same colors, or points on empty sky' if fit.reference else NO_SKY
     return [Finding('structure', text, advice, numbers={'noises': float(fine), 'pixels': fit.adaptive.epsilon})]
 
 
@@ -3607,9 +3637,9 @@ def ninths_of(x, y, picture):
     return 3 * (2 - row if picture.bottom_up else row) + column
 
 
-def check_parts(errors, left):
+def check_parts(errors, leftover):
     """Return the Finding for ninths of the frame where the expected errors, at every `COARSE`-th tile, are large."""
-    ninth = ninths_of(*np.meshgrid(left.tiles.x[::COARSE], left.tiles.y[::COARSE]), left.picture)
+    ninth = ninths_of(*np.meshgrid(leftover.tiles.x[::COARSE], leftover.tiles.y[::COARSE]), leftover.picture)
     unsure = {}
     for i, name in enumerate(NINTHS):
         here = errors[(ninth == i) & np.isfinite(errors)]
@@ -3618,7 +3648,7 @@ def check_parts(errors, left):
     if not 0 < len(unsure) <= 4:
         return []
     names = sorted(unsure, key=unsure.get, reverse=True)
-    counts = rounded(unsure[names[0]] * left.noise.mean() * left.picture.scale)
+    counts = rounded(unsure[names[0]] * leftover.noise.mean() * leftover.picture.scale)
     text = f'the background at the {", ".join(names)} is uncertain by {counts}'
     numbers = {name: float(unsure[name]) for name in names}
     return [Finding('part', text, 'add points of empty sky there', numbers=numbers)]
@@ -3638,7 +3668,7 @@ def check_filled(points):
     """Return the Finding for a frame full of nebula, where the surface is stiff, see `lower_sky`."""
     if not points.least_shape:
         return []
-    return [Finding('filled', 'no smooth sky fits the quiet places (nebula, galaxy, Milky Way or a seam?)', NO_SKY)]
+    return [Finding('filled', 'no smooth background fits (nebula, galaxy, Milky Way or a step?)', NO_SKY)]
 
 
 def check_span(points, picture):
@@ -3652,17 +3682,20 @@ def check_span(points, picture):
     return [Finding('span', text, 'spread them into the corners', numbers={'part': float(part)})]
 
 
-def check_below_zero(fit, left):
+def check_below_zero(fit, leftover, sigma):
     """Return the Finding for a background that falls below 0, although no level does."""
-    background = left.picture.physical(left.background * left.noise)
+    background = leftover.picture.physical(leftover.background * leftover.noise)
     y, x, _ = np.unravel_index(background.argmin(), background.shape)
-    if not background.min() < 0 < left.picture.physical(fit.measured.levels).min():
+    if not background.min() < 0 < leftover.picture.physical(fit.measured.levels).min():
         return []
-    margin = left.tiles.side  # points cannot be at the border
+    margin = math.ceil(3 * sigma)  # points cannot be closer to the border
     place = tuple(int(np.clip(round(each), min(margin, n // 2), max(n - margin, n // 2))) for each, n in
-                  zip((left.tiles.x[x], left.tiles.y[y]), left.picture.shape[1::-1]))
+                  zip((leftover.tiles.x[x], leftover.tiles.y[y]), leftover.picture.shape[1::-1]))
+    distances = np.hypot(*(fit.measured.points.centers - place).T)[~fit.measured.points.on_isoline]
+    is_reached = distances.min() < REACHED * max(leftover.picture.shape[:2])
     return [Finding('below zero', f'the background falls to {in_words([background.min()])}, below 0, near {place}',
-                    'add a point of empty sky there', places=(place,), numbers={'lowest': float(background.min())})]
+                    'crop there, or check darks and flats' if is_reached else 'add a point of empty sky there',
+                    places=(place,), numbers={'lowest': float(background.min())})]
 
 
 def check_misfits(fit, misfits, picture):
@@ -3672,7 +3705,7 @@ def check_misfits(fit, misfits, picture):
         hint, advice = ('brighter', 'is it on a star or nebula?') if error > 0 else (
             'darker', 'is it on a dust cloud or a border?')
         if points.on_isoline[i]:
-            hint, advice = 'off', 'does the isoline run there?'
+            hint, advice = 'off', 'is its isoline right?'
         counts, verb = rounded(float(f'{picture.scale * abs(error):.3g}')), 'from' if hint == 'off' else 'than'
         findings.append(Finding(
             'misfit', f'{points.describe([i])} is {counts} {hint} {verb} what its neighbors suggest',
@@ -3681,17 +3714,17 @@ def check_misfits(fit, misfits, picture):
     if len(points.x) > 4 and not misfits and hardly_agree(fit):  # fewer points cannot be checked against each other
         findings.append(Finding(
             'scatter', 'the points hardly agree on a smooth background',
-            'look at --preview: are some on nebulae or stars? If not, a steep glow needs more of them'))
+            'look at --preview, and move points off nebulae and stars; for a steep glow, add points'))
     return findings
 
 
-def judge(fit, left, errors, findings):
+def judge(fit, leftover, errors, findings):
     """Return the verdict, a Finding of kind 'fit': the quality of the fit and its expected error.
 
     The errors are those of `expected_errors`. Defects that were found are added: a corner by its height and width, an
-    edge by its area, a step as half of the frame.
+    edge by its area, a step by the shares of the frame on both sides.
     """
-    area, added = math.prod(left.picture.shape[:2]), 0.0
+    area, added = math.prod(leftover.picture.shape[:2]), 0.0
     for finding in findings:
         if finding.kind in ('corner', 'edge'):
             x0, y0, x1, y1 = finding.places[0]
@@ -3700,12 +3733,12 @@ def judge(fit, left, errors, findings):
         elif finding.kind == 'step':
             part = finding.numbers['part']
             added += finding.numbers['noises'] ** 2 * part * (1 - part)
-    noise, scale, kinds = float(left.noise.mean()), left.picture.scale, [finding.kind for finding in findings]
+    noise, scale, kinds = float(leftover.noise.mean()), leftover.picture.scale, [finding.kind for finding in findings]
     expected, agree = math.sqrt((errors**2).mean() + added), float(np.sqrt((fit.adaptive.errors**2).mean()))
     n_levels = len(np.unique(fit.measured.points.leader))
     few = n_levels < LEAST_PLACES
     if n_levels <= 4:  # a plane through three has no errors, and a fourth is little more
-        text = f'fit: fair at best ({n_levels} points are too few to check it)'
+        text = f'fit: not checked ({n_levels} points are too few; give at least five)'
         return Finding('fit', text, severity='remark', numbers={'word': 'fair', 'noises': None, 'expected': None,
                                                                 'agree': None})
     word = 'poor' if expected >= POOR or 'step' in kinds or 'structure' in kinds else (
@@ -3716,7 +3749,7 @@ def judge(fit, left, errors, findings):
         spread = agree > SCATTERED * np.sqrt((fit.measured.noise**2).mean())
         named.append('the points do not agree well' if spread else 'the background varies between the points')
         reason = f', because {named[0]}'
-    unit = ' counts' if left.picture.dtype.kind in 'ui' else ''
+    unit = ' counts' if leftover.picture.dtype.kind in 'ui' else ''
     error = f'expected error {rounded(expected * noise * scale)}{unit}, {rounded(expected)} of the noise of a pixel'
     agreement = '' if few else f'; the points agree to {rounded(agree * scale)}'  # few always do
     text = f'fit: {word} ({error}{agreement}){reason}'
@@ -3740,26 +3773,26 @@ def check_correction(correction, reference=None):
     noise = tiles.noise + LEAST_NOISE * np.abs(np.median(fit.measured.levels, axis=0)) + TINY
     levels = correction.leveled(tiles.medians, background - correction.sky)
     if reference is not None:
-        levels = levels - fit.beside.scale * reference.light_at(tiles)
-    left = Leftover(levels / noise, background / noise, tiles, noise, picture)
+        levels = levels - fit.reference.scale * reference.light_at(tiles)
+    leftover = Leftover(levels / noise, background / noise, tiles, noise, picture)
     errors = expected_errors(fit, tiles.x[::COARSE], tiles.y[::COARSE], noise)
     known = np.isfinite(levels[::COARSE, ::COARSE]).all(axis=2)
     known |= not known.any()
-    findings = check_below_zero(fit, left) + check_left(left, points)
+    findings = check_misfits(fit, correction.misfits, picture)  # a bad point can cause all others
+    findings += check_below_zero(fit, leftover, settings.sigma) + check_leftover(leftover, points)
     if not correction.misfits:  # misfits are a better reason
-        findings += check_structure(fit, left)
-    if fit.beside:
+        findings += check_structure(fit, leftover)
+    if fit.reference:
         is_itself = reference is not None and picture.path == reference.path != ''
-        for finding in check_beside(fit, picture, settings.sigma):
+        for finding in check_reference_fit(fit, picture, settings.sigma):
             if is_itself and finding.kind == 'same':  # as in: -i night/*.tif --reference night/best.tif
                 finding = finding._replace(text='the reference is the picture itself, which stays as it is', advice='',
                                            severity='remark')
             findings.append(finding)
         findings += check_lost(points, fit.measured.reference.lost, picture)
-    findings += check_parts(np.where(known, errors, np.nan), left) + check_span(points, picture)
-    findings += check_misfits(fit, correction.misfits, picture)
+    findings += check_parts(np.where(known, errors, np.nan), leftover) + check_span(points, picture)
     filled = check_filled(points)
-    verdict = judge(fit, left, errors[known], findings + filled)
+    verdict = judge(fit, leftover, errors[known], findings + filled)
     if verdict.numbers['word'] != 'good':
         findings = filled + findings
     if picture.mask is not None and picture.masked_share == 0:
@@ -3858,36 +3891,36 @@ def measure_points(picture: Picture, points: Points | None, settings: Settings) 
     return measure_levels(picture, measured.points, settings.sigma, False)._replace(chosen=measured.chosen)
 
 
-def correct_beside(picture: Picture, points: Points | None, settings: Settings, beside: Picture) -> Correction:
+def correct_with_reference(picture: Picture, points: Points | None, settings: Settings, other: Picture) -> Correction:
     """Return the correction of a picture with a reference, registered in the first way that fits."""
     given = None
     if settings.auto is not None:
-        points, given = places_beside_reference(picture, settings.auto or REFERENCE_AUTO, settings.sigma, points)
+        points, given = places_with_reference(picture, settings.auto or REFERENCE_AUTO, settings.sigma, points)
     best, reasons = None, []
-    for way in references(picture, beside):
+    for way in references(picture, other):
         try:
-            with about(beside.path):
+            with about(other.path):
                 reference = way()
         except RmgradientError as error:  # it is not found this way, or a package is missing
             reasons.append(error)
             continue
         try:
-            measured = measure_beside((picture, reference), points, settings.sigma, given)
-            with about(beside.path):
-                fit = fit_with_reference(measured)
+            measured = measure_with_reference((picture, reference), points, settings.sigma, given)
+            with about(other.path):
+                fit = _fit_measured_reference(measured)
         except (NotRegistered, NamedError) as error:
             if not isinstance(error, NotRegistered) and not isinstance(error.__cause__, NotRegistered):
                 raise
             reasons.append(error)
             continue
-        n_explained = np.count_nonzero(fit.beside.explained)
+        n_explained = np.count_nonzero(fit.reference.explained)
         if not best or n_explained > best[0]:
             best = n_explained, fit, reference
         if n_explained == picture.shape[2] or reference.is_sure:  # its stars prove the registration
             break
     if not best:
-        with about(beside.path):
-            raise reasons[0 if beside.shape[:2] == picture.shape[:2] else -1]
+        with about(other.path):
+            raise reasons[0 if other.shape[:2] == picture.shape[:2] else -1]
     return correction_of(picture, best[1], settings, best[2])
 
 
@@ -3931,7 +3964,7 @@ def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str
     points : Points, (n_points, 2) array_like, or 'auto'
         See `make_points`. With 'auto', `choose_points` chooses them.
     reference : (height, width) or (height, width, n_channels) array_like, or a Picture, optional
-        Picture of the same field with less gradient, see `fit_beside_reference`. If it is not registered, the stars of
+        Picture of the same field with less gradient, see `fit_with_reference`. If it is not registered, the stars of
         both, or coordinates in the sky (FITS files), show where it is. Needs the adaptive model.
     mask : (height, width) array_like of bool, optional
         True where nothing is measured, for example on land or nebulae. The mask of a numpy.ma array or a CCDData is
@@ -3944,7 +3977,7 @@ def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str
         - sky='darkest': the lowest background of each channel in the frame;
         - a number, or one for each channel;
         - by default 'gray'; 'color' with method='divide'; 'darkest' with a number for smooth; with a reference of the
-          same type, the level of the reference.
+          same type, the level of the reference, unless it differs by more than a factor of four.
 
         With auto, automatic points are added to the given ones.
 
@@ -3957,6 +3990,11 @@ def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str
     ------
     RmgradientError
         If image, points and settings do not fit together. The message says why.
+
+    Warns
+    -----
+    RmgradientWarning
+        For each finding that is a warning.
     """
     if isinstance(points, str):
         if points != 'auto':
@@ -3971,9 +4009,9 @@ def find_correction(image: ArrayLike | Picture, points: ArrayLike | Points | str
     else:
         if not chain.is_adaptive:
             raise RmgradientError("a reference needs smooth='auto'")
-        beside = as_picture(reference)
-        check_reference(picture.shape, beside.shape)
-        correction = correct_beside(picture, given, chain, beside)
+        other = as_picture(reference)
+        check_reference(picture.shape, other.shape)
+        correction = correct_with_reference(picture, given, chain, other)
     warn([correction.verdict, *correction.findings])
     return correction
 
@@ -3990,9 +4028,9 @@ def remove_gradient(image: ArrayLike | Picture, points: ArrayLike | Points | str
                     **settings: Any) -> np.ndarray:
     """Remove the background gradient from an array, as the command does from a file.
 
-    Parameters and errors are those of `find_correction`. Returns a new array of the shape and dtype of the image, in
-    native byte order. Masked pixels are corrected, too. A numpy.ma array keeps its mask. Memory: the result, and a few
-    groups of rows in float64.
+    Parameters, errors and warnings are those of `find_correction`. Returns a new array of the shape and dtype of the
+    image, in native byte order. Masked pixels are corrected, too. A numpy.ma array keeps its mask. Memory: the result,
+    and a few groups of rows in float64.
     """
     return find_correction(image, points, reference=reference, mask=mask, **settings).apply(image)
 
@@ -4030,8 +4068,9 @@ class RandomAccess:
 class FilePicture(Picture):
     """An open picture file. Each format has a subclass."""
 
-    format: str
-    endings: tuple[str, ...]  # of file names
+    format: str  # its name, for messages
+    beginning: bytes  # regular expression for the first bytes of its files
+    endings: tuple[str, ...]  # of file names, the usual one first
     can_compress = False
     remarks: list[str]  # about parts of the file that are left out
 
@@ -4205,6 +4244,7 @@ class TiffImage(FilePicture):
     """
 
     format, endings, can_compress = 'TIFF', ('.tif', '.tiff'), True
+    beginning = rb'II[*+]\0|MM\0[*+]'
 
     def _open(self):
         self._bytes = file = TiffBytes(self._file)
@@ -4512,7 +4552,7 @@ def check_page(page):
     if page.samplesperpixel < colors:
         raise Damage(f'{page.samplesperpixel} channels instead of {colors}')
     if len(page.extrasamples) not in (0, page.samplesperpixel - colors):
-        raise Damage(f'{len(page.extrasamples)} extra samples beside {colors} of {page.samplesperpixel} '
+        raise Damage(f'{len(page.extrasamples)} extra samples and {colors} of {page.samplesperpixel} '
                      'channels')
     if page.planarconfig not in (1, 2):
         raise Damage(f'planar configuration {page.planarconfig}')
@@ -4592,7 +4632,7 @@ class FitsHeader(NamedTuple):
     end: int = 0  # offset of the end of the data, without padding
 
     def get(self, name, default=None):
-        """Return the value of a keyword, or None if it is undefined."""
+        """Return the value of a keyword: None if it is undefined, a default if there is no such card."""
         card = self.valued.get(f'{name:8}'.encode())
         return default if card is None else parse_card(card)
 
@@ -4759,7 +4799,7 @@ class FitsImage(FilePicture):
     Astrophysics 524, A42.
     """
 
-    format, endings, _is_inverted = 'FITS', ('.fits', '.fit', '.fts'), False
+    format, endings, beginning, _is_inverted = 'FITS', ('.fits', '.fit', '.fts'), rb'SIMPLE  =', False
 
     def _open(self):
         self._bytes = RandomAccess(self._file)
@@ -4914,42 +4954,44 @@ def turn_sign(values, dtype):
 
 # Other files, by their first bytes, and how to convert them.
 OTHER_FORMATS = {
-    rb'\xff\xd8\xff': 'a JPEG picture; convert it, as by: convert FILE STEM.tif (ImageMagick)',
-    rb'\x89PNG': 'a PNG picture; convert it, as by: convert FILE STEM.tif (ImageMagick)',
-    rb'XISF0': 'an XISF picture; save it as FITS or TIFF with PixInsight or Siril',
-    rb'8BPS': 'a Photoshop picture; save it as TIFF',
-    rb'SIMPLE  = +F': 'not a standard FITS file',
-    rb'BZh': 'compressed by bzip2; unpack it: bunzip2 FILE',
-    rb'....ftyp(heic|heix|mif1|avif)': 'a HEIF picture; convert it to TIFF',
+    rb'\xff\xd8\xff': 'is a JPEG picture of 8 bits; save the original as TIFF or FITS, or run: convert FILE STEM.tif',
+    rb'\x89PNG': 'is a PNG picture; save the original as TIFF or FITS, or run: convert FILE STEM.tif',
+    rb'XISF0': 'is an XISF picture; save it as FITS or TIFF with PixInsight or Siril',
+    rb'8BPS': 'is a Photoshop picture; save it as TIFF',
+    rb'SIMPLE  = +F': 'is not a standard FITS file',
+    rb'BZh': 'is compressed by bzip2; unpack it: bunzip2 FILE',
+    rb'....ftyp(heic|heix|mif1|avif)': 'is a HEIF picture; convert it to TIFF',
     rb'II\*\0....CR|....ftypcrx|FUJIFILM|IIR[OS]|MMOR|IIU\0|\0MRM|FOVb':
-        'a camera raw picture; develop it, with Siril, RawTherapee, or: dcraw -T -4 FILE'}
-ENDINGS = {'TIFF': TiffImage.endings, 'FITS': FitsImage.endings, 'JPEG': ('.jpg', '.jpeg'), 'PNG': ('.png',),
-           'GIF': ('.gif',), 'BMP': ('.bmp',), 'WebP': ('.webp',), 'HEIF': ('.heic', '.heif', '.avif'),
-           'XISF': ('.xisf',), 'Photoshop': ('.psd',), 'JPEG 2000': ('.jp2',), 'JPEG XL': ('.jxl',),
-           'compressed FITS': ('.fz', '.gz')}
+        'is a camera raw picture; develop it with Siril or RawTherapee, or run: dcraw -T -4 FILE'}
+FORMATS = TiffImage, FitsImage
+ENDINGS = {'JPEG': ('.jpg', '.jpeg'), 'PNG': ('.png',), 'GIF': ('.gif',), 'BMP': ('.bmp',), 'WebP': ('.webp',),
+           'HEIF': ('.heic', '.heif', '.avif'), 'XISF': ('.xisf',), 'Photoshop': ('.psd',), 'JPEG 2000': ('.jp2',),
+           'JPEG XL': ('.jxl',), 'compressed FITS': ('.fz', '.gz'), **{each.format: each.endings for each in FORMATS}}
 
 
 def open_picture(path: str | os.PathLike[str]) -> Picture:
     """Open a TIFF or FITS picture. Close it, or use it in a `with` statement.
 
-    Raises RmgradientError for other files, and says how to convert them.
+    Raises RmgradientError if it is another file, is damaged or not supported, and OSError if it cannot be opened.
     """
     path = os.fspath(path)
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise RmgradientError('is not a regular file')
+        what = 'is a folder; name the pictures in it' if os.path.isdir(path) else 'is not a regular file'
+        raise RmgradientError(what)
     with open(path, 'rb') as file:
         head = file.read(32)
+    if not head:
+        raise RmgradientError('is empty')
     for pattern, what in OTHER_FORMATS.items():
         if re.match(pattern, head, re.DOTALL):
             stem = shlex.quote(os.path.splitext(path)[0])
             raise RmgradientError(what.replace('FILE', shlex.quote(path)).replace('STEM', stem))
-    if head.startswith(b'SIMPLE  ='):
-        return FitsImage(path)
     if head.startswith(b'\x1f\x8b'):
         return FitsImage(path, gunzip(path))
-    if head[:4] in (b'II*\0', b'II+\0', b'MM\0*', b'MM\0+'):
-        return TiffImage(path)
-    raise RmgradientError('is neither a TIFF nor a FITS picture')
+    for kind in FORMATS:
+        if re.match(kind.beginning, head):
+            return kind(path)
+    raise RmgradientError(f'is not a {" or ".join(kind.format for kind in FORMATS)} picture')
 
 
 def check_output(picture, path, compress):
@@ -4983,13 +5025,13 @@ def check_paths(inputs, outputs, overwrite):
                 continue
             place = _identity(path) if exists else os.path.normcase(real)
             if place in sources:
-                raise RmgradientError(f'is the input {sources[place]}; choose another name for the output')
+                raise RmgradientError(f'is the input {sources[place]}; choose another name or folder for the output')
             if place in places:
                 raise RmgradientError('is named for two outputs' if path == places[place] else
                                       f'is the same file as {places[place]}; choose another name')
             places[place] = path
             if exists and not overwrite:
-                raise RmgradientError('exists; choose another name or use --overwrite')
+                raise RmgradientError('already exists; choose another name or use --overwrite')
             if exists and not os.path.isfile(path):
                 raise RmgradientError('is not a regular file')
             if not os.access(folder, os.W_OK | os.X_OK):
@@ -5269,7 +5311,7 @@ def preview_figure(picture, correction):
     panels = figure.subplots(*grid, sharex=True, sharey=True)
     titles = ('before' + (', green: not measured' if hidden.any() else '')
               + (', red: points that do not fit' if misfits else ''), 'background',
-              f'after, sky level {level}' + (', blue: became black' if black.any() else ''))
+              f'after, sky level {level}' + (', blue: became black' if 100 * black.mean() >= LEAST_LIMITED else ''))
     for axes, each, title in zip(panels, stretched, titles):
         axes.imshow(each, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
         axes.set_title(title)
@@ -5557,6 +5599,8 @@ class Editor:
             artist.remove()
         points, radius = unchecked_points(self.pairs), math.ceil(3 * self.settings.sigma)
         self._drawn = draw_points(self.left, points, bad, radius)
+        self._drawn += [self.left.annotate(str(i + 1), points.centers[i], (6, 6), textcoords='offset points',
+                                           color='red') for i in bad]  # by these numbers, the message names them
         shown, like, name = self._visible.values, self._binned.values, 'give at least three points'
         if self.correction:
             shown, name = self._visible_background, 'background (v: result)'
@@ -5708,7 +5752,7 @@ def process(options):
             load_matplotlib()
     if options.edit:
         choose_toolkit()
-    if len(jobs) > 1 or options.edit:  # a longer run: see the beginning of this file
+    if len(jobs) > 1 or options.edit:  # garbage collection was disabled at the imports
         gc.enable()
     given = read_points(options)
     alone, n_failed, reports = len(jobs) == 1, 0, []
@@ -5744,8 +5788,10 @@ def list_jobs(options):
     names = [os.path.normcase(plain_name(path)) for path in options.input]
     for i, name in enumerate(names):
         if (first := names.index(name)) != i:
-            raise RmgradientError(f'{options.input[first]} and {options.input[i]} have the same name, '
-                                  'and so would their outputs: correct them one by one')
+            if options.input[first] == options.input[i]:
+                raise NamedError(f'{options.input[i]}: is named twice')
+            raise RmgradientError(f'{options.input[first]} and {options.input[i]} have the same name, and so would '
+                                  'their outputs; correct them one after the other')
     several, jobs = len(options.input) > 1, []
     for path in options.input:
         name, outputs = plain_name(path), {}
@@ -5794,7 +5840,7 @@ def process_picture(job, given, options, reference):
             with about(reference.path):
                 check_reference(picture.shape, reference.shape)
             reference.starmap = picture.starmap
-            correction = correct_beside(picture, given.points, settings, reference)
+            correction = correct_with_reference(picture, given.points, settings, reference)
             measured = correction.fit.measured
             if measured.reference.where:
                 logger.info('%s: the reference is %s', picture.path, measured.reference.where)
@@ -5831,7 +5877,7 @@ def process_picture(job, given, options, reference):
         late = check_limits(correction, picture, counts)
     show(picture, late)
     for kind, path in job.outputs.items():
-        level = f'; the sky is level at {in_words(picture.physical(correction.sky))}' if kind == 'output' else ''
+        level = f'; sky level {in_words(picture.physical(correction.sky))}' if kind == 'output' else ''
         logger.info('%s: written%s', path, level)
     if failure:
         raise failure
@@ -5861,8 +5907,8 @@ def open_mask(path, picture):
 def check_mask(shape, mask_shape):
     """Raise RmgradientError unless a mask has the size of the picture."""
     if mask_shape[:2] != shape[:2]:
-        raise RmgradientError(f'is {mask_shape[1]} x {mask_shape[0]} pixels and the picture {shape[1]} x {shape[0]}; '
-                              'a mask has the same size')
+        raise RmgradientError(f'has {mask_shape[1]} x {mask_shape[0]} pixels, but the picture has {shape[1]} x '
+                              f'{shape[0]}; a mask needs the same size')
 
 
 def check_outputs(picture, job, options):
@@ -5950,7 +5996,7 @@ def read_points(options):
         pairs, line_numbers = parse_points_file(lines)
         most = 2 if len(pairs) > 2 and (np.diff(pairs[:, 0]) == 1).all() else 3
         if any(count_numbers(line) > most for line in lines):
-            logger.warning('%s: some lines hold more than a pair of numbers; only the first two are used%s',
+            logger.warning('%s: some lines have more than a pair of numbers; only the first two are used%s',
                            name, ': are the first ones the numbers of the points?' if most == 2 else '')
         points = make_points(pairs, [f'{name}, line {i}' for i in line_numbers], least)
     saved = re.match(r'# .*, (\d{1,9}) x (\d{1,9}) pixels, sigma ([\d.]+)(, chosen automatically)?'
@@ -6021,10 +6067,10 @@ def progress_bar(unit, text='', shown=True):
 def log_details(picture, correction):
     """Log details of the model, for --verbose."""
     fit = correction.fit
-    if fit.beside:
-        scales = [f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(fit.beside.scale, fit.beside.error)]
-        logger.debug('%s: %d of %d points fit the reference, whose scale is %s', picture.path, fit.beside.kept.sum(),
-                     len(fit.beside.kept), ', '.join(scales))
+    if fit.reference:
+        scales = [f'{scale:.4g} \u00b1 {error:.2g}' for scale, error in zip(fit.reference.scale, fit.reference.error)]
+        logger.debug('%s: %d of %d points fit the reference, whose scale is %s', picture.path, fit.reference.kept.sum(),
+                     len(fit.reference.kept), ', '.join(scales))
     if fit.adaptive:
         smooth = np.format_float_positional(fit.adaptive.smooth, 2, fractional=False, trim='-')
         logger.debug('%s: model: %s and a multiquadric of shape %.0f pixels and smoothness %s', picture.path,
@@ -6053,9 +6099,9 @@ def report_of(job, correction, counts, findings):
         'sky': picture.physical(correction.sky),
         'counts': dict(zip(('lowest', 'highest', 'background'), counts)),
         'verdict': correction.verdict, 'findings': findings}
-    if fit.beside:
-        report['reference'] = {'scale': fit.beside.scale, 'error': fit.beside.error,
-                               'n_points': len(fit.beside.kept), 'n_kept': fit.beside.kept.sum()}
+    if fit.reference:
+        report['reference'] = {'scale': fit.reference.scale, 'error': fit.reference.error,
+                               'n_points': len(fit.reference.kept), 'n_kept': fit.reference.kept.sum()}
     return report
 
 
@@ -6117,7 +6163,7 @@ def build_parser():
                        'picture')
     files.add_argument('--overwrite', action='store_true', help='replace existing files')
 
-    choice = parser.add_argument_group('points', 'at least one of these; -a adds to the points of -p or -f')
+    choice = parser.add_argument_group('points', 'Give at least one of these. -a adds to the points of -p or -f.')
     given = choice.add_mutually_exclusive_group()
     given.add_argument('-p', '--points', metavar=('X', 'Y'), nargs='+', action='extend',
                        help='points of empty sky, in pixels')
@@ -6133,7 +6179,7 @@ def build_parser():
 
     model = parser.add_argument_group('model')
     model.add_argument('-s', '--sigma', metavar='PIXELS', type=number_from(0.1, 10000), default=SIGMA,
-                       help='standard deviation of the Gaussian blur at the points (default: %(default)g)')
+                       help='standard deviation of the Gaussian blur at the points, in pixels (default: %(default)g)')
     model.add_argument('-m', '--smooth', metavar='NUMBER', type=number_from(0, 1e12, word='auto'),
                        default='auto',
                        help='auto: the adaptive model, fitted to each picture. A number: the model of rmgradient of '
@@ -6142,7 +6188,7 @@ def build_parser():
                        help='rows processed together; more rows take more memory (default: %(default)s)')
     model.add_argument('--mask', metavar='FILE',
                        help='picture of the same size (TIFF or FITS): 0 is sky, other pixels are not measured, for '
-                       'example land, trees or a nebula. They are corrected all the same')
+                       'example land, trees or a nebula. Masked pixels are corrected, too')
     model.add_argument('--reference', metavar='FILE',
                        help='picture of the same field with less gradient, gray or in the same colors. What it shows '
                        'is kept, even if a nebula fills the frame. If it is not registered, the program uses '
@@ -6182,6 +6228,7 @@ def number_from(lowest, highest, kind=float, word=None):
             if text == word or lowest <= kind(text) <= highest:
                 return text if text == word else kind(text)
         what, also = 'whole number' if kind is int else 'number', f', or {word}' if word else ''
+        also += '; is it a picture? Write its name after -i' if os.path.isfile(text) else ''
         raise argparse.ArgumentTypeError(f'{text!r} is not a {what} from {lowest:g} to '
                                          f'{in_words([highest])}{also}')
     return convert
@@ -6206,7 +6253,7 @@ def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
     """Run a command line, by default `sys.argv`. Return the exit status.
 
     The arguments are those of the command, without its name. Messages go to standard error. Wrong usage raises
-    SystemExit.
+    SystemExit, and so do --help and --version.
     """
     parser = build_parser()
     options = parser.parse_args(None if argv is None else [os.fspath(word) for word in argv])
@@ -6246,7 +6293,7 @@ def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
 
 
 def explain(error, path):
-    """Return the message of an error with a picture."""
+    """Return the message of an error during the work on the picture at path."""
     if isinstance(error, OSError):
         return f'{error.filename}: {error.strerror}' if error.filename else error.strerror or error
     if isinstance(error, ImportError):

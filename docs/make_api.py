@@ -56,7 +56,10 @@ def fields_of(value):
     for name in inspect.get_annotations(value):
         declared = re.search(rf'^    {name}: ([^#\n]+?)(?:  # (.+))?$', source, re.MULTILINE)
         kind, _, default = declared[1].partition(' = ')
-        yield f'*{name}* : {kind}' + (f', default ``{default}``' if default else '')
+        default = repr(getattr(value, name)) if hasattr(value, name) and not hasattr(value, '_fields') else \
+            repr(value._field_defaults[name]) if name in getattr(value, '_field_defaults', {}) else default
+        is_short = default and '<' not in default and '(' not in default.replace('()', '')
+        yield f'*{name}* : {kind}' + (f', default ``{default}``' if is_short else '')
         yield f'    {with_links(declared[2] or f"`{kind}`")}'
 
 

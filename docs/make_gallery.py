@@ -59,6 +59,8 @@ def stars(rng, n=1200):
 
 def draw_fields(folder):
     """Write the fields of gallery.rst into a new folder."""
+    if folder.exists():
+        sys.exit(f'{folder} exists; delete it first')
     folder.mkdir(parents=True)
     (folder / 'night').mkdir()
 
@@ -142,9 +144,9 @@ def draw_when():
     panels('when_linear.jpg', [{'before': stretched(sky), 'corrected, then stretched': stretched(correct(sky, nebulae)),
                                 'stretched, then corrected': stretched(late)}])
 
-    nebulae = [(105, 95), (300, 200), (495, 305)]
-    shade = (1 - 0.9 * ((X - 300) ** 2 + (Y - 200) ** 2) / (300**2 + 200**2))[..., None]
-    sky = expose(rng, draw(nebulae, 450) * shade, 2600 * shade * [1, 1, 1], 20.0)
+    nebulae = [(95, 90), (300, 200), (505, 310)]
+    shade = 1 / (1 + 3 * ((X - 300) ** 2 + (Y - 200) ** 2) / (300**2 + 200**2))[..., None]
+    sky = expose(rng, draw(nebulae, 250) * shade, 2600 * shade * [1, 1, 1], 12.0)
     panels('when_divide.jpg', [{'before': stretched(sky), 'subtracted': stretched(correct(sky, nebulae)),
                                 'divided': stretched(correct(sky, nebulae, method='divide'))}])
 

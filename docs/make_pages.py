@@ -77,7 +77,7 @@ SEE_ALSO = r'''.SH SEE ALSO
 .BR siril (1),
 .BR exiftool (1)
 .PP
-The pages in the folder docs of the repository: choosing points, messages, method, measurements, files, Python.
+The folder docs of the repository has more pages, for example when.rst, points.rst, messages.rst and python.rst.
 '''
 
 

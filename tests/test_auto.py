@@ -305,8 +305,9 @@ def drawn_with_error(draw, seed):
     (galaxy, 35, 'MOST_END', 1.0, 3), (clouds, 46, 'BELOW', 1e9, 1.08), (starry, 6, 'GROUP', 1, 1.25),
     (clouds, 1, 'leave_faint_ends', lambda followed, _: followed.is_sky, 1.3), (lamp, 9, 'STANDS_OUT', 1e9, 1.2),
     (starry, 13, 'JOINS', 0.0, 1.2), (clouds, 44, 'DROPPED', 8.0, 1.3), (starry, 4, 'DROPPED', 3.0, 2),
-    (clouds, 29, 'DEGREES', range(1, 5), 3), (clouds, 0, 'LEAST_VARIANCE', 0.01, 1.2), (galaxy, 6, 'LIGHT', 0.3, 1.5),
-    (galaxy, 6, 'LOWEST', 0.9, 3), (galaxy, 6, 'PLANAR', 0.0, 3), (filled, 3, 'MOST_SCATTER_OF_ALL', 1e9, 5),
+    (clouds, 29, 'DEGREES', range(1, 5), 3), (clouds, 0, 'LEAST_VARIANCE', 0.01, 1.2),
+    (galaxy, 6, 'WEIGHT_ABOVE', 0.3, 1.5), (galaxy, 6, 'LOWEST', 0.9, 3), (galaxy, 6, 'PLANAR', 0.0, 3),
+    (filled, 3, 'MOST_SCATTER_OF_ALL', 1e9, 5),
     (starry, 14, 'SMOOTH', 0.5, 1.3), (edge, 0, 'FALLS', 2.0, 3), (lamp, 13, 'GLOW_LEFT', 0.0, 3)])
 def test_each_rule_is_needed(monkeypatch, draw, seed, rule, without, times):
     """Without it, the same sky comes out worse."""
@@ -341,7 +342,7 @@ def test_asymmetric_least_squares_are_expectiles():
     values = np.random.default_rng(4).exponential(size=500)
     residuals = rg.asymmetric_residuals(np.ones((500, 1)), values[:, None])
     above, below = residuals[residuals > 0].sum(), -residuals[residuals < 0].sum()
-    assert_allclose(rg.LIGHT * above, (1 - rg.LIGHT) * below, rtol=1e-9)
+    assert_allclose(rg.WEIGHT_ABOVE * above, (1 - rg.WEIGHT_ABOVE) * below, rtol=1e-9)
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 5])
@@ -537,7 +538,7 @@ def test_auto_beside_given_points(big):
 def test_warning_where_nothing_agrees(cli):
     tifffile.imwrite('sky.tif', nebula_all_over()[0])
     assert cli('-q', points=['-a']) == 0
-    assert 'warning: sky.tif: no smooth sky fits the quiet places' in cli.stderr
+    assert 'warning: sky.tif: no smooth background fits' in cli.stderr
     assert '--edit' in cli.stderr
 
 
@@ -625,7 +626,7 @@ def test_auto_options_and_errors(cli):
         cli.fails(status=2, match='is not a whole number from 3 to 30', points=['-a', value])
     cli.fails('--save-points', 'out.tif', match='is named for two outputs')
     (cli.folder / 'points').write_text('30 30\n40 40\n50 50\n')
-    cli.fails('--save-points', 'points', match='points: exists', points=['-f', 'points'])
+    cli.fails('--save-points', 'points', match='points: already exists', points=['-f', 'points'])
     assert cli('--save-points', 'points', '--overwrite', points=['-f', 'points']) == 0  # edited in place
 
 
@@ -725,7 +726,7 @@ def test_preview_without_memory(cli, monkeypatch):
 def test_preview_errors(cli, monkeypatch):
     cli.fails('--preview', 'preview.jpg', status=2, match="'preview.jpg' does not end in .png, .pdf or .svg")
     (cli.folder / 'preview.png').write_text('old')
-    cli.fails('--preview', 'preview.png', match='preview.png: exists')
+    cli.fails('--preview', 'preview.png', match='preview.png: already exists')
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     hint = rg.how_to_install('matplotlib')
     cli.fails('--preview', 'other.png', match=f'other.png: matplotlib is missing; run: {hint}')

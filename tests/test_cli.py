@@ -210,7 +210,7 @@ def test_remarks_and_quiet(cli):
     lines = cli.stderr.splitlines()
     assert re.fullmatch(r'rmgradient: sky.tif: fit: fair \(expected error \d+ counts, 0.\d+ of the noise of a pixel; '
                         r'the points agree to [\d.]+\), because the points are few', lines[0])
-    assert lines[1].startswith('rmgradient: out.tif: written; the sky is level at ')
+    assert lines[1].startswith('rmgradient: out.tif: written; sky level ')
     assert cli('-v', '--overwrite') == 0
     lines = cli.stderr.splitlines()
     assert re.fullmatch(r'rmgradient: sky.tif: model: (mean|plane) and a multiquadric of shape \d+ pixels and '
@@ -267,13 +267,13 @@ def test_sky_that_is_no_level(cli):
 
 def test_input_that_is_no_picture(cli):
     for name, content, match in [('missing.tif', None, 'missing.tif: No such file'),
-                                 ('text.tif', b'hello', 'neither a TIFF nor'),
-                                 ('empty.tif', b'', 'neither a TIFF nor'),
+                                 ('text.tif', b'hello', 'is not a TIFF or FITS picture'),
+                                 ('empty.tif', b'', 'is empty'),
                                  ('header.tif', b'II*\0', 'damaged')]:
         if content is not None:
             (cli.folder / name).write_bytes(content)
         cli.fails('-i', name, match=match)
-    cli.fails('-i', '.', match='not a regular file')
+    cli.fails('-i', '.', match='.: is a folder; name the pictures in it')
 
 
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may read everything')
@@ -291,8 +291,8 @@ def test_truncated_input(cli):
 
 def test_output_that_exists(cli):
     (cli.folder / 'out.tif').write_text('precious')
-    cli.fails(match='out.tif: exists; choose another name or use --overwrite')
-    cli.fails('-b', 'sky.tif', match='out.tif: exists')
+    cli.fails(match='out.tif: already exists; choose another name or use --overwrite')
+    cli.fails('-b', 'sky.tif', match='out.tif: already exists')
     assert cli('--overwrite') == 0
     assert tifffile.imread('out.tif').shape == cli.sky.shape
 
@@ -384,7 +384,7 @@ def test_commands_for_many_pictures(cli, tool):
     done = subprocess.run(f'{commands[0]} && {command}', shell=True, capture_output=True, text=True,
                           env={**os.environ, 'PATH': f'{cli.folder}{os.pathsep}{os.environ["PATH"]}'})
     assert (done.returncode == 0) == (tool == 'for')  # one of them failed
-    assert re.search(r'rmgradient: error: (\./)?4.tif: is neither a TIFF nor a FITS picture\n', done.stderr)
+    assert re.search(r'rmgradient: error: (\./)?4.tif: is not a TIFF or FITS picture\n', done.stderr)
     assert (tool != '-i *') == ('1 of 3 pictures failed; the others are done' not in done.stderr)
     assert sorted(os.listdir('corrected')) == names
     outputs = [(cli.folder / 'corrected' / name).read_bytes() for name in names]
@@ -394,7 +394,7 @@ def test_commands_for_many_pictures(cli, tool):
 def test_points_files_that_look_wrong(cli):
     (cli.folder / 'flat').write_text('30 30 90 30\n40 60 90 60\n60 40 30 60\n')
     assert cli(points=['-f', 'flat']) == 0
-    assert 'warning: flat: some lines hold more than a pair of numbers; only the first two are used' in cli.stderr
+    assert 'warning: flat: some lines have more than a pair of numbers; only the first two are used' in cli.stderr
     (cli.folder / 'pairs').write_text('30 30 1234\n90 60 a star 3 4\n60 40 # 3 4 5 6\n')
     assert cli('--overwrite', points=['-f', 'pairs']) == 0
     assert 'some lines' not in cli.stderr
@@ -407,7 +407,7 @@ def test_points_with_numbers_or_of_another_sigma(cli):
     numbered = ''.join(f'{i} {x} {y}\n' for i, (x, y) in enumerate(cli.points, 30))
     (cli.folder / 'numbered').write_text(numbered)
     cli(points=['-f', 'numbered'])
-    assert 'warning: numbered: some lines hold more than a pair of numbers; only the first two are used: are the ' \
+    assert 'warning: numbered: some lines have more than a pair of numbers; only the first two are used: are the ' \
         'first ones the numbers of the points?' in cli.stderr
     assert cli('--overwrite', '--save-points', 'saved', '-s', '4.5') == 0
     assert cli('--overwrite', '-s', '4.5', points=['-f', 'saved']) == 0
@@ -444,8 +444,16 @@ def test_background_below_zero(cli):
     sky = np.clip(1000 - 20.0 * np.arange(120), 100, None)[None] + np.random.default_rng(1).normal(0, 10, (90, 120))
     tifffile.imwrite('sky.tif', np.rint(sky).astype(np.uint16))
     assert cli('-q', points=['-p', *words([(24, 24), (40, 60), (25, 40), (35, 24)])]) == 0
-    assert re.search(r'warning: sky.tif: the background falls to -\d\S+, below 0, near \(11\d, \d+\): '
+    assert re.search(r'warning: sky.tif: the background falls to -\d\S+, below 0, near \(9\d, \d+\): '
                      'add a point of empty sky there', cli.stderr)
+
+
+def test_background_below_zero_beside_a_point(cli):
+    """A point closer to the border than any that can be measured is no advice."""
+    sky = np.clip(1000 - 9.0 * np.arange(120), 0, None)[None] + np.random.default_rng(1).normal(0, 3, (90, 120))
+    tifffile.imwrite('sky.tif', np.rint(np.clip(sky, 0, None)).astype(np.uint16))
+    assert cli('-q', points=['-p', *words([(24, 24), (30, 60), (60, 30), (60, 60), (94, 24), (94, 64)])]) == 0
+    assert re.search(r'below 0, near \(9\d, \d+\): crop there, or check darks and flats', cli.stderr)
 
 
 def test_dither_is_for_integers(cli):
@@ -639,7 +647,7 @@ def test_masks_of_any_type(cli, kind):
 
 def test_masks_that_do_not_suit(cli):
     tifffile.imwrite('mask.tif', np.zeros((90, 100), np.uint8))
-    cli.fails('--mask', 'mask.tif', match='mask.tif: is 100 x 90 pixels and the picture 120 x 90; a mask has')
+    cli.fails('--mask', 'mask.tif', match='mask.tif: has 100 x 90 pixels, but the picture has 120 x 90; a mask')
     cli.fails('--mask', 'nowhere.tif', match='nowhere.tif: No such file')
     cli.fails('--mask', '', status=2, match='the name of a file is empty')
     cli.fails('--mask', 'mask.tif', '-o', 'mask.tif', '--overwrite', match='mask.tif: is the input mask.tif')

@@ -180,14 +180,42 @@ def test_dask_corrects_on_two_processes(tmp_path):
     done = subprocess.run([sys.executable, 'dask_night.py'], cwd=tmp_path, capture_output=True, text=True, timeout=60,
                           env={**os.environ, 'PYTHONPATH': str(ROOT), 'DASK_DISTRIBUTED__DASHBOARD__LINK': ''})
     assert done.stdout == "['night/c.tif']\n", done.stderr
-    assert 'rmgradient: error: night/c.tif: is neither a TIFF nor a FITS picture' in done.stderr
+    assert 'rmgradient: error: night/c.tif: is not a TIFF or FITS picture' in done.stderr
     assert sorted(os.listdir(tmp_path / 'corrected')) == ['a.tif', 'b.tif']
+
+
+def test_example_of_a_format_works(tmp_path, monkeypatch):
+    """The class of the page on development, with a header of three words."""
+    text = (ROOT / 'docs' / 'development.rst').read_text(encoding='utf-8')
+    code = textwrap.dedent(re.search(r'\n    class PnmImage.*?\n(?=\S)', text, re.DOTALL)[0])
+
+    def parse_pnm_header(data):
+        found = re.match(rb'(P[56])\s+(\d+)\s+(\d+)\s+(\d+)\s', data)
+        return found[1], *(int(found[i]) for i in (2, 3, 4)), found.end()
+
+    monkeypatch.chdir(tmp_path)
+    space = {**vars(rg), 'parse_pnm_header': parse_pnm_header}
+    exec(code, space)
+    monkeypatch.setattr(rg, 'FORMATS', (*rg.FORMATS, space['PnmImage']))
+    sky = tifffile.imread(ROOT / 'test_data' / 'sky.tif')
+    head = f'P6 {sky.shape[1]} {sky.shape[0]} 65535\n'.encode()
+    (tmp_path / 'sky.ppm').write_bytes(head + sky.astype('>u2').tobytes())
+    for path in ('sky.ppm', ROOT / 'test_data' / 'sky.tif'):
+        out = f'out{os.path.splitext(path)[1]}'
+        assert rg.main(['-q', '-i', str(path), '-o', out, '-f', str(ROOT / 'test_data' / 'skypoints'), '-r', '33']) == 0
+    data = (tmp_path / 'out.ppm').read_bytes()
+    assert data.startswith(head)
+    pixels = np.frombuffer(data, '>u2', offset=len(head)).reshape(sky.shape)
+    assert (pixels == tifffile.imread(tmp_path / 'out.tif')).all()
+    (tmp_path / 'cut.ppm').write_bytes(data[:-1])
+    assert rg.main(['-i', 'cut.ppm', '-o', 'no.ppm', '-a']) == 1
+    assert not (tmp_path / 'no.ppm').exists()
 
 
 def test_links_lead_somewhere():
     for page in [ROOT / 'README.rst', *(ROOT / 'docs').glob('*.rst')]:
         text = page.read_text(encoding='utf-8')
-        for target in re.findall(r'<([\w/.]+)>`_|^\.\. image:: (\S+)', text, re.MULTILINE):
+        for target in re.findall(r'<([\w/.]+)(?:#[\w-]+)?>`_|^\.\. image:: (\S+)', text, re.MULTILINE):
             path = target[0] or target[1]
             assert (page.parent / path).exists(), f'{page.name}: {path}'
         docutils = pytest.importorskip('docutils.core')

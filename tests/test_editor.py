@@ -2,7 +2,9 @@
 """Points set by hand: what can be done to them, and the window, with events of matplotlib and of a real screen."""
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -562,6 +564,62 @@ def test_real_window(cli, sky):
         screen.kill()
         screen.wait()
         screen.stdout.close()
+
+
+class Browser:
+    """What a page of WebAgg says to the program: a process, and a socket to its first figure."""
+
+    def __init__(self, *arguments):
+        self.process = subprocess.Popen([sys.executable, ROOT / 'rmgradient.py', '-i', 'sky.tif', '--edit', *arguments],
+                                        env={**os.environ, 'MPLBACKEND': 'WebAgg'}, stderr=subprocess.PIPE, text=True)
+        self.said = ''
+        while not (found := re.search(r'open http://([\d.:]+) in a browser', self.said)):
+            assert self.process.poll() is None, self.said
+            self.said += self.process.stderr.readline()
+        self.address = found[1]
+
+    def say(self, *messages):
+        """Send messages as a page does, and read until the program closes."""
+        import tornado.ioloop
+        import tornado.websocket
+
+        async def talk():
+            page = await tornado.websocket.websocket_connect(f'ws://{self.address}/1/ws')
+            for message in messages:
+                await page.write_message(json.dumps({'figure_id': '1', 'guiEvent': {}, **message}))
+            while await page.read_message() is not None:
+                pass
+            page.close()
+
+        tornado.ioloop.IOLoop.current().run_sync(talk, timeout=30)
+
+    def status(self):
+        self.said += self.process.communicate(timeout=30)[1]
+        return self.process.returncode
+
+
+def test_page_in_a_browser(cli, sky):
+    """Enter writes, Escape does not, and both end the program; Ctrl-C does, too. A real browser was tried by hand."""
+    pytest.importorskip('tornado')
+    tifffile.imwrite('sky.tif', sky, photometric='rgb')
+    (cli.folder / 'start').write_text('\n'.join(f'{x} {y}' for x, y in PLACES))
+    key = {'type': 'key_press', 'x': 300, 'y': 200}
+    browser = Browser('-o', 'out.tif', '-f', 'start')
+    browser.say({'type': 'button_press', 'x': 300, 'y': 300, 'button': 0, 'buttons': 1, 'modifiers': []},
+                {'type': 'button_release', 'x': 300, 'y': 300, 'button': 0, 'buttons': 0, 'modifiers': []},
+                {**key, 'key': 'ks'}, {**key, 'key': 'kEnter'})
+    assert browser.status() == 0, browser.said
+    assert (cli.folder / 'out.tif').exists()
+    pairs = rg.parse_points_file((cli.folder / 'sky_points.txt').read_text().splitlines())[0]
+    assert len(pairs) == len(PLACES) + 1
+    browser = Browser('-o', 'other.tif', '-f', 'start')
+    browser.say({**key, 'key': 'kEscape'})
+    assert browser.status() == 0
+    assert 'closed; nothing written' in browser.said
+    browser = Browser('-o', 'other.tif', '-f', 'start')
+    browser.process.send_signal(signal.SIGINT)
+    assert browser.status() == 130
+    assert not (cli.folder / 'other.tif').exists()
 
 
 @pytest.mark.parametrize('name', ['M42 $x^$.tif', 'a$b$.tif', '\u661f\u7a7a.tif'])

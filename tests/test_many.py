@@ -64,7 +64,7 @@ def test_points_are_chosen_for_each(night):
 def test_a_failing_one_does_not_stop_the_rest(night):
     (night.folder / 'night/1.tif').write_text('no picture')
     assert night(*PICTURES, '-q', points=['-f', 'points']) == 1
-    assert night.stderr.splitlines() == ['rmgradient: error: night/1.tif: is neither a TIFF nor a FITS picture',
+    assert night.stderr.splitlines() == ['rmgradient: error: night/1.tif: is not a TIFF or FITS picture',
                                          'rmgradient: error: 1 of 3 pictures failed; the others are done']
     assert listing(night.folder / 'out') == ['0.tif', '2.tif']
 
@@ -92,7 +92,7 @@ def test_what_fails_in_one_picture_is_named_after_it(night, monkeypatch, error):
     (['-i', 'night/0.tif', 'sky.tif', '-o', 'out.tif'], 'out.tif: is not a folder; for several pictures, name'),
     (['-i', 'night/0.tif', 'sky.tif', '-o', 'out', '-b', 'out'], 'out/0.tif: is named for two outputs'),
     (['-i', 'night/0.tif', 'night/1.tif', '-o', 'night', '--overwrite'], 'night/0.tif: is the input night/0.tif'),
-    (['-i', 'night/0.tif', 'night/2.tif', '-o', 'old'], 'old/2.tif: exists; choose another name'),
+    (['-i', 'night/0.tif', 'night/2.tif', '-o', 'old'], 'old/2.tif: already exists; choose another name'),
     (['-i', 'night/0.tif', 'night/2.tif', '-o', 'out', '--preview', 'p.png'], 'p.png: is not a folder')])
 def test_refused_before_anything_is_read(night, monkeypatch, arguments, match):
     (night.folder / 'old').mkdir()

@@ -62,7 +62,7 @@ def beside(frame, reference, **more):
 
 
 def places_beside(frame, reference, n=15, given=None):
-    return rg.places_beside_reference(rg.as_picture(frame), n, 8.0, given)[0]
+    return rg.places_with_reference(rg.as_picture(frame), n, 8.0, given)[0]
 
 
 def test_reference_tells_nebula_from_glow():
@@ -81,7 +81,7 @@ def test_scale_and_its_standard_error():
         frame, reference, _ = pair(seed)
         points = places_beside(frame, reference)
         levels = rg.measure_levels(reference, points).levels
-        found = rg.fit_beside_reference(rg.measure_levels(frame, points), levels).beside
+        found = rg.fit_with_reference(rg.measure_levels(frame, points), levels).reference
         assert_allclose(found.scale, [0.8, 0.9, 1.1], rtol=0.02)
         off.append((found.scale - [0.8, 0.9, 1.1]) / found.error)
     # 18 values of variance one: their root mean square is within 0.5 and 1.6 but once in a thousand times.
@@ -95,8 +95,8 @@ def test_it_is_kriging_with_external_drift():
     light = rng.normal(0, 300, (len(points.x), 1))
     levels = 1000 + 0.5 * points.x[:, None] + 200 * np.sin(points.y[:, None] / 150) + 0.7 * light
     levels = levels + rng.normal(0, 2, levels.shape)
-    found = rg.fit_beside_reference(measured(points, levels), light)
-    assert found.beside.kept.all()
+    found = rg.fit_with_reference(measured(points, levels), light)
+    assert found.reference.kept.all()
     model, centers = found.adaptive, points.centers
 
     def kernel(a):
@@ -109,7 +109,7 @@ def test_it_is_kriging_with_external_drift():
     n, n_terms = drift.shape
     matrix = np.block([[kernel(centers) - model.smooth * np.eye(n), drift], [drift.T, np.zeros((n_terms, n_terms))]])
     solution = np.linalg.solve(matrix, np.vstack([levels, np.zeros((n_terms, 1))]))
-    assert_allclose(found.beside.scale, solution[-1], rtol=1e-5)
+    assert_allclose(found.reference.scale, solution[-1], rtol=1e-5)
     at = rng.uniform(0, 500, (20, 2)).round()
     expected = kernel(at) @ solution[:n] + terms(at) @ solution[n:-1]
     rows = found.model.evaluate(0, 501, 501)
@@ -125,8 +125,8 @@ def test_bad_places_are_left_out():
         x, y = points.x[i], points.y[i]
         reference[y - 6:y + 7, x - 6:x + 7] += 3000
     frame, reference = (rg.measure_levels(each, points, robust=False) for each in (frame, reference))
-    found = rg.fit_beside_reference(frame, reference.levels)
-    kept = found.beside.kept
+    found = rg.fit_with_reference(frame, reference.levels)
+    kept = found.reference.kept
     near = rg.distances_between(points.centers, points.centers[bad]).min(axis=1) < 30
     assert not kept[bad].any()
     assert (~kept & ~near).sum() <= 0.06 * len(points.x)
@@ -193,7 +193,7 @@ def test_references_that_are_none(reference, match):
 def test_odd_levels_of_a_reference(levels, match):
     points = rg.make_points(scatter(n=30))
     with pytest.raises(rg.RmgradientError, match=match):
-        rg.fit_beside_reference(measured(points, np.ones((30, 3))), levels)
+        rg.fit_with_reference(measured(points, np.ones((30, 3))), levels)
 
 
 # ---- what real references are like ----------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_field_of_stars_alone():
     background = glow(rng)
     frame = background + 0.8 * stars + rng.normal(0, 50, background.shape)
     found = beside(frame, 800 + 100 * V[..., None] + stars + rng.normal(0, 10, background.shape))
-    assert_allclose(found.fit.beside.scale, 0.8, rtol=0.03)
+    assert_allclose(found.fit.reference.scale, 0.8, rtol=0.03)
     assert error_of(found.model, background - 80 * V[..., None]) < 5
 
 
@@ -234,7 +234,7 @@ def test_channel_that_is_not_explained_is_named(spoil):
     found = beside(frame, reference)
     channel, = (finding for finding in found.findings if finding.kind == 'channel')
     assert 'does not explain blue' in str(channel)
-    assert found.fit.beside.scale[2] == 0
+    assert found.fit.reference.scale[2] == 0
     errors = (found.model.evaluate(0, HEIGHT, WIDTH) - background)[2::4, 2::4].std(axis=(0, 1))
     assert (errors[:2] < 6).all()
 
@@ -309,9 +309,9 @@ def turned(picture, angle, scale, mirror=False):
 
 
 @pytest.mark.parametrize(('spoil', 'words_of_it'), [
-    (lambda reference: turned(reference, 7, 0.8), r'registered by \d+ stars, scale 0\.80\d\d, turned by -?7\.0'),
+    (lambda reference: turned(reference, 7, 0.8), r'registered by \d+ stars, magnified 0\.80\d\d times, turned by -?7'),
     (lambda reference: turned(reference, 3, 1.0, mirror=True), 'mirrored'),
-    (lambda reference: reference[40:360, 50:550], 'by .* stars, scale 1.000'),
+    (lambda reference: reference[40:360, 50:550], 'by .* stars, magnified 1.000'),
     (lambda reference: turned(reference, -20, 2.5), '2.50')])
 def test_reference_with_other_pixels(spoil, words_of_it):
     pytest.importorskip('astroalign')
@@ -339,8 +339,8 @@ def test_shifted_reference_needs_no_other_package(pixels, monkeypatch):
 def test_without_the_package_the_way_out_is_told(two, monkeypatch):
     monkeypatch.setitem(sys.modules, 'astroalign', None)
     tifffile.imwrite('small.tif', turned(tifffile.imread('best.tif'), 7, 0.8).astype(np.float32), photometric='rgb')
-    two.fails('--reference', 'small.tif', points=['-a'], match='small.tif: has other pixels than the picture: register '
-              'it, or let its stars be found: python -m pip install astroalign')
+    two.fails('--reference', 'small.tif', points=['-a'], match='small.tif: is not registered; register '
+              'it, or let the program do it after: ')
 
 
 def test_coordinates_in_the_sky(two):
@@ -358,7 +358,7 @@ def test_coordinates_in_the_sky(two):
     fits.writeto('small.fits', small.transpose(2, 0, 1), header(1e-3 / 0.8, 11, 240.5, 160.5))
     options = ['-i', 'frame.fits', '-o', 'o.fits', '--reference', 'small.fits']
     assert two(*options, '-b', 'b.fits', points=['-a', '12']) == 0
-    assert 'registered by coordinates (WCS), scale 0.8' in two.stderr
+    assert 'registered by coordinates (WCS), magnified 0.8 times' in two.stderr
     errors = fits.getdata('b.fits').transpose(1, 2, 0) - background
     assert errors[60:-60, 60:-60].std(axis=(0, 1)).max() < 10
     # A matrix that is singular, and a field elsewhere.
@@ -436,7 +436,7 @@ def test_reference_that_does_not_fit_is_told(two):
 def test_few_points_tell_no_light_from_background(two):
     places = [(60, 60), (300, 60), (540, 60), (60, 340), (300, 340), (540, 340), (300, 200), (200, 150)]
     two.fails('--reference', 'best.tif', points=['-p', *words(places[:7])],
-              match='best.tif: 7 points are too few to tell its light from the background; give at least 8')
+              match='best.tif: 7 points are too few to separate its light from the background; give at least 8')
     assert two('--reference', 'best.tif', points=['-p', *words(places)]) == 0
 
 
@@ -505,7 +505,7 @@ def test_broad_nebula_is_no_background():
     nebula = 500 * np.exp(-((X - 300) ** 2 + (Y - 200) ** 2) / 3.4e4)
     frame, reference = 2000 + nebula + 0.2 * X + rng.normal(0, 35, X.shape), 1500 + nebula + rng.normal(0, 35, X.shape)
     found = beside(frame, reference)
-    assert_allclose(found.fit.beside.scale, 1, rtol=0.05)
+    assert_allclose(found.fit.reference.scale, 1, rtol=0.05)
     assert not found.findings
 
 

@@ -165,7 +165,7 @@ REFUSED = {
                       'channels have different types'),
     'premultiplied alpha': (*flat(4, t277=(3, [2]), t258=(3, [16] * 2), t338=(3, [1])), 'multiplied by alpha'),
     'two of three colors': (*flat(4, t262=(3, [2]), t277=(3, [2]), t258=(3, [16] * 2)), '2 channels instead of 3'),
-    'too many extra samples': (*flat(2, t338=(3, [0, 0])), '2 extra samples beside 1 of 1 channels'),
+    'too many extra samples': (*flat(2, t338=(3, [0, 0])), '2 extra samples and 1 of 1 channels'),
     'volume': (*flat(2, t32997=(4, [3])), 'a volume'),
     'no rows a strip': (*flat(2, t278=(4, [0])), 'strips or tiles without pixels'),
     'no width': (*flat(2, t256=(4, [0])), '0 x 90 pixels'),
@@ -225,7 +225,7 @@ def test_truncated_streams(cli, gray, code, encode):
 def test_things_that_are_no_files(cli):
     os.mkfifo('fifo.tif')
     os.symlink('nowhere', 'broken.tif')
-    for name, match in [('fifo.tif', 'not a regular file'), ('.', 'not a regular file'),
+    for name, match in [('fifo.tif', 'not a regular file'), ('.', 'is a folder'),
                         ('broken.tif', 'broken.tif: No such file'), ('/dev/null', 'not a regular file')]:
         cli.fails('-i', name, match=match)
 
