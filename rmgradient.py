@@ -5247,16 +5247,16 @@ def draw_points(axes, points, bad, radius):
             axes.scatter(points.x, points.y, s=2, c=colors)]
 
 
-def number_points(axes, points, colors, misfits):
-    """Write the number of each point next to it, in its color, unless it would cover another number.
+def number_points(axes, points, colors, indices):
+    """Write the numbers of points, given by indices, next to them, unless it would cover another number.
 
-    Misfits get their numbers first: users look for these.
+    The first ones are never left out.
     """
     from matplotlib.patheffects import withStroke
     outline, taken = [withStroke(linewidth=2, foreground='black')], np.empty((0, 4))
     axes.apply_aspect()  # now places on the figure are final
     places = axes.transData.transform(points.centers) * 72 / axes.figure.dpi  # typographic points, as text sizes
-    for i in sorted(range(len(places)), key=lambda i: i not in misfits):
+    for i in indices:
         text, (x, y) = str(i + 1), places[i]
         width, height = 5.2 * len(text) + 1, 8.0  # of 8 point digits, and a gap
         for dx, dy in ((3, 3), (-3 - width, 3), (3, -3 - height), (-3 - width, -3 - height)):
@@ -5320,7 +5320,9 @@ def preview_figure(picture, correction):
         panels[0].invert_yaxis()
     radius = math.ceil(3 * correction.settings.sigma)
     places = draw_points(panels[0], correction.points, misfits, radius)[-1]
-    number_points(panels[0], correction.points, places.get_facecolors(), misfits)
+    # Misfits get their numbers first: users look for these.
+    indices = sorted(range(len(correction.points.x)), key=lambda i: i not in misfits)
+    number_points(panels[0], correction.points, places.get_facecolors(), indices)
     draw_contours(panels[1], background.mean(axis=2), factor)
     return figure
 
@@ -5599,8 +5601,8 @@ class Editor:
             artist.remove()
         points, radius = unchecked_points(self.pairs), math.ceil(3 * self.settings.sigma)
         self._drawn = draw_points(self.left, points, bad, radius)
-        self._drawn += [self.left.annotate(str(i + 1), points.centers[i], (6, 6), textcoords='offset points',
-                                           color='red') for i in bad]  # by these numbers, the message names them
+        number_points(self.left, points, np.full(len(self.pairs), 'red'), bad)  # the message has these numbers
+        self._drawn += self.left.texts[:]
         shown, like, name = self._visible.values, self._binned.values, 'give at least three points'
         if self.correction:
             shown, name = self._visible_background, 'background (v: result)'

@@ -86,6 +86,7 @@ with warnings.catch_warnings(action='ignore'):
         correction = rmgradient.find_correction(frame, inner)
         result = correction.apply(frame)
         axes.imshow(np.repeat(stretch(result), 3, axis=2))
-        axes.set_title(next(each.text for each in correction.findings if each.kind == kind).split(',')[0], fontsize=9)
+        axes.set_title(next(each.text for each in correction.findings if each.kind == kind).split(',')[0]
+                       .partition(' than')[0], fontsize=9)
         axes.set_axis_off()
 figure.savefig(here / 'messages.jpg', dpi=90)

@@ -58,7 +58,7 @@ def error_of(model, background):
 
 
 def beside(frame, reference, **more):
-    return rg.find_correction(frame, 'auto', reference=reference, **{'auto': 15, **more})  # fewer points are faster
+    return rg.find_correction(frame, 'auto', reference=reference, **{'auto': 13, **more})  # fewer points are faster
 
 
 def places_beside(frame, reference, n=15, given=None):
