@@ -794,9 +794,9 @@ def as_picture(image: ArrayLike | Picture, mask: ArrayLike | None = None) -> Pic
     The mask is a (height, width) array, True where nothing is measured. The mask of a numpy.ma array or of astropy's
     CCDData is added to it. Raises RmgradientError if the array is not a picture.
     """
-    own = None
-    if isinstance(image, np.ma.MaskedArray):
-        image, own = image.data, np.ma.getmaskarray(image)
+    own, ma = None, sys.modules.get('numpy.ma')  # numpy loads it when it is used, in 10 ms
+    if ma and isinstance(image, ma.MaskedArray):
+        image, own = image.data, ma.getmaskarray(image)
     elif hasattr(image, 'uncertainty') and hasattr(image, 'mask'):  # NDData
         image, own = image.data, image.mask
     if isinstance(image, Picture):
@@ -818,7 +818,7 @@ def as_picture(image: ArrayLike | Picture, mask: ArrayLike | None = None) -> Pic
     if isinstance(mask, Picture):
         mask = mask.physical(mask[0:mask.shape[0], 0:mask.shape[1]]) != 0
     try:
-        masks = [np.asarray(each) for each in (own, mask) if each is not None and each is not np.ma.nomask]
+        masks = [np.asarray(each) for each in (own, mask) if each is not None and not (ma and each is ma.nomask)]
     except ValueError as error:
         raise RmgradientError('rows of different lengths are not a mask') from error
     for i, each in enumerate(masks):
@@ -837,7 +837,9 @@ def as_picture(image: ArrayLike | Picture, mask: ArrayLike | None = None) -> Pic
 
 def robust_std(errors):
     """Return the standard deviation of each channel, estimated by the median absolute error."""
-    return 1.4826 * np.median(np.abs(errors), axis=0) + TINY  # 1.4826 for normal errors
+    ordered = np.sort(np.abs(errors), axis=0)  # a sixth of the time of numpy.median for some hundred values
+    median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return 1.4826 * np.where(np.isnan(ordered[-1]), np.nan, median) + TINY  # 1.4826 for normal errors
 
 
 def is_color_mosaic(picture):
@@ -926,16 +928,26 @@ def sample_tiles(picture):
     n_together = min(4, len(inside))
     rows = np.unique(np.round(np.linspace(0, side - n_together, len(inside) // n_together)).astype(int))
 
-    def sampling(top):
-        parts = [picture.usable(slice(top + row, top + row + n_together), slice(0, width)) for row in rows.tolist()]
-        values, usable = (np.concatenate([part[i][:, columns] for part in parts]) for i in range(2))
-        values = values.reshape(len(values), len(lefts), -1, n_channels).transpose(1, 3, 0, 2)
-        values = np.ascontiguousarray(values).reshape(len(lefts), n_channels, -1)
-        usable = usable.reshape(len(usable), len(lefts), -1).transpose(1, 0, 2).reshape(len(lefts), -1)
-        return quartiles(values, usable)
+    # Small tiles are read many rows at once, which takes half the time for 600 x 400 pixels.
+    n_tiles = ROWS // side if side <= SAMPLES else 1
+    rows = (rows[:, None] + np.arange(n_together)).ravel()
+
+    def sampling(first):
+        here = tops[first:first + n_tiles]
+        if n_tiles > 1:
+            windows, taken = [(here[0], here[-1] + side)], (here[:, None] - here[0] + rows).ravel()
+        else:
+            windows, taken = [(row, row + n_together) for row in here[0] + rows[::n_together]], slice(None)
+        parts = [picture.usable(slice(int(start), int(stop)), slice(0, width)) for start, stop in windows]
+        values, usable = (np.concatenate([part[i][:, columns] for part in parts])[taken] for i in range(2))
+        n = len(here) * len(lefts)
+        values = values.reshape(len(here), len(rows), len(lefts), -1, n_channels).transpose(0, 2, 4, 1, 3)
+        usable = usable.reshape(len(here), len(rows), len(lefts), -1).transpose(0, 2, 1, 3)
+        found = quartiles(np.ascontiguousarray(values).reshape(n, n_channels, -1), usable.reshape(n, -1))
+        return found.reshape(len(here), len(lefts), 3, n_channels)
 
     with np.errstate(invalid='ignore', over='ignore'):
-        found = np.array(list(picture.starmap(sampling, [(top,) for top in tops.tolist()])))
+        found = np.concatenate(list(picture.starmap(sampling, [(i,) for i in range(0, len(tops), n_tiles)])))
     lower, medians, upper = np.moveaxis(found, 2, 0)
     deviation = ((upper - lower) / 1.349).reshape(-1, n_channels)  # of normal noise
     deviation = np.sort(deviation[np.isfinite(deviation).all(axis=1)], axis=0)
@@ -952,8 +964,9 @@ def quartiles(values, usable):
     Only usable values are used, (n_tiles, n) bool. Unless more than half are usable, the result is NaN.
     """
     n = values.shape[2]
-    kth = [n // 4, n // 2, n - 1 - n // 4]
-    found = np.partition(values, kth, axis=2)[..., kth].astype(float).transpose(0, 2, 1)
+    ranks = [n // 4, n // 2, n - 1 - n // 4]
+    # To sort uses vector instructions: a tenth of the time of numpy.partition for three ranks.
+    found = np.sort(values, axis=2)[..., ranks].astype(float).transpose(0, 2, 1)
     for i in np.flatnonzero(~usable.all(axis=1)):
         some = values[i][:, usable[i]]
         found[i] = np.quantile(some, (0.25, 0.5, 0.75), axis=1) if some.shape[1] > n / 2 else np.nan
@@ -1022,10 +1035,10 @@ def without_trend(values, terms):
 
 
 def medians(values):
-    """Return the median of each row of finite values, in half the time of numpy.median."""
+    """Return the median of each row of finite values, in a fifth of the time of numpy.median."""
     n = values.shape[1]
-    middle = np.partition(values, [(n - 1) // 2, n // 2], axis=1)
-    return (middle[:, (n - 1) // 2] + middle[:, n // 2]) / 2
+    parts = np.partition(values, n // 2, axis=1)  # for two places at once, it has no vector instructions
+    return parts[:, n // 2] if n % 2 else (parts[:, :n // 2].max(axis=1) + parts[:, n // 2]) / 2
 
 
 def blur_kernel(sigma):
@@ -1136,8 +1149,8 @@ def _around(picture, place, kernel):
 def check_window(share, window, kernel):
     """Raise Unusable if a window has too few usable pixels, or too large values."""
     if share < LEAST_SHARE:
-        raise Unusable(f'has data at only {100 * share:.0f} % of what is averaged within {len(kernel) // 2} pixels; '
-                       'move it or use a smaller sigma')
+        raise Unusable(f'has data at only {100 * share:.0f} % of the averaged area ({len(kernel) // 2} pixels around '
+                       'it); move it or use a smaller sigma')
     if not np.isfinite(window.level).all():
         raise Unusable('has values that are too large to average')
 
@@ -1253,9 +1266,9 @@ def distances_between(a, b):
     return np.hypot(*(a[:, None] - b).transpose(2, 0, 1))
 
 
-def distances_from(centers, some):
-    """Return the (n_places,) distances of places from the nearest one where some, (n_places,) bool, is True."""
-    return distances_between(centers, centers[some]).min(axis=1, initial=np.inf)
+def distances_from(centers, is_target):
+    """Return the (n_places,) distances of places from the nearest target, (n_places,) bool."""
+    return distances_between(centers, centers[is_target]).min(axis=1, initial=np.inf)
 
 
 def distances_among(places):
@@ -1382,7 +1395,8 @@ def _likeliest_of_each_trend(problem, rounding, least_shape):
     nothing = _Spectrum(shapes[0], np.zeros(len(centers) - 1), np.zeros((len(centers), len(centers) - 1)))
     best = [(math.inf, 1.0, nothing) for _ in trends]
     if any(trend.is_rough.any() for trend in trends):
-        for spectrum, judged in in_two_threads(judge, shapes):
+        # Up to some 250 points, threads cost more time than they save.
+        for spectrum, judged in (in_two_threads if len(centers) > 250 else map)(judge, shapes):
             best = [min(so_far, (*each, spectrum), key=lambda one: one[0]) for so_far, each in zip(best, judged)]
     return [_solve(problem, trend, *choice) for trend, (_, *choice) in zip(trends, best)]
 
@@ -1486,15 +1500,15 @@ def krige(model, centers, places):
     return shares[:n_centers], np.maximum(np.einsum('ij,ji->i', at, shares) - 1, 0)
 
 
-def without_points(model, out):
+def without_points(model, left_out):
     """Return an AdaptiveModel without some points, (n_points,) bool, with the same trend, shape and smoothness."""
-    # Schur's complement is faster than to solve the equations again.
-    corner = model.precision[np.ix_(~out, out)]
-    share = corner @ np.linalg.pinv(model.precision[np.ix_(out, out)], hermitian=True)
-    weights, leader = model.weights[~out] - share @ model.weights[out], model.leader[~out]
-    precision = model.precision[np.ix_(~out, ~out)] - share @ corner.T
+    # The Schur complement is faster than to solve the equations again.
+    corner = model.precision[np.ix_(~left_out, left_out)]
+    share = corner @ np.linalg.pinv(model.precision[np.ix_(left_out, left_out)], hermitian=True)
+    weights, leader = model.weights[~left_out] - share @ model.weights[left_out], model.leader[~left_out]
+    precision = model.precision[np.ix_(~left_out, ~left_out)] - share @ corner.T
     return AdaptiveModel(model.trend, model.epsilon, model.smooth, None, weights, precision, leader,
-                  *left_out_errors(weights, precision, leader))
+                         *left_out_errors(weights, precision, leader))
 
 
 # ---- Model and fit ---------------------------------------------------------------------------------------
@@ -3092,7 +3106,7 @@ def check_divisor(model, picture, rows):
         lowest, top, left, block = min(dark, key=lambda each: each[0])
         y, x, _ = np.unravel_index(block.argmin(), block.shape)
         raise RmgradientError(f'the background is {lowest * picture.scale:g} at {(left + int(x), top + int(y))}, so '
-                              'dividing by it is not possible; add a point of empty sky there, or subtract')
+                              'dividing by it is not possible; add a point there, or subtract')
 
 
 # ---- Correction ----------------------------------------------------------------------------------
@@ -3186,7 +3200,8 @@ class Correction:
             counts[:2] += n_limited
         warn(check_limits(self, picture, counts))
         corrected = corrected[..., 0] if not getattr(picture, 'has_channels', True) else corrected
-        return np.ma.array(corrected, mask=image.mask) if isinstance(image, np.ma.MaskedArray) else corrected
+        ma = sys.modules.get('numpy.ma')
+        return ma.array(corrected, mask=image.mask) if ma and isinstance(image, ma.MaskedArray) else corrected
 
     def corrected_strip(self, picture, first, last, start=0):
         """Return rows first to last - 1 of a picture without background. Its first row is row start of the frame.
@@ -6172,9 +6187,9 @@ def build_parser():
     given.add_argument('-f', '--points-file', metavar='FILE',
                        help='read points from a file, one pair in each line; # starts a comment; - is standard input')
     choice.add_argument('-a', '--auto', metavar='N', nargs='?', const=0, type=number_from(3, MOST_CELLS, int),
-                        help='choose points automatically, off stars and nebulae: at most one in each cell of a grid '
-                        f'with N cells along the longer side, 3 to {MOST_CELLS} (default: {AUTO}; {REFERENCE_AUTO} '
-                        'with --reference). Points of -p or -f are always kept')
+                        help='choose points automatically, not on stars and nebulae: one from each cell of a grid with '
+                        f'N cells along the longer side, 3 to {MOST_CELLS}, and more at borders (default: {AUTO}; '
+                        f'{REFERENCE_AUTO} with --reference). Points of -p or -f are always kept')
     choice.add_argument('--edit', action='store_true',
                         help='set points by hand in a window that shows the result. It starts with the points of -p, '
                         '-f or -a, and lists its keys (needs matplotlib)')

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Measure how far background models are from known truth, and print a table (reStructuredText).
+"""Measure errors of background models on skies with a known background, and print a table (reStructuredText).
 
-Skies of five kinds (flat, plane, one and two light domes, dome with vignetting) with noise, points in three layouts (a
-dozen, forty scattered, a grid around a hole). RMS of model minus truth over the frame, its mean removed; geometric
-means over all skies and seeds, half a count added. Beside the adaptive model: the classic one, a plain multiquadric,
-and a thin-plate spline with a linear term, which other programs use. Then automatic points on the same skies with
-stars, with and without a nebula over a quarter of the frame. Last, automatic points on frames full of nebula, beside
-the gradient itself, which is the error of who does nothing.
+There are five kinds of skies with noise (flat, plane, one and two light domes, dome with vignetting), and three
+layouts of points (a dozen, forty scattered, a grid around a hole). The error is the RMS of model minus truth over the
+frame, without its mean. The table has geometric means over all skies and seeds, half a count added. The adaptive model
+is compared with the classic one, a plain multiquadric, and with a thin-plate spline with a linear term, which other
+programs use. Then automatic points are tested on the same skies with stars, with and without a nebula on a quarter of
+the frame. The last part is about automatic points on frames full of nebula. There, the gradient itself is the error
+without a correction.
 
 usage: accuracy.py [--quick] [--picture FILE]
 """

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Measure time and memory of rmgradient, beside a plain copy of the file, and print a table (reStructuredText).
+"""Measure time and memory of rmgradient, compare it with a plain copy, and print a table (reStructuredText).
 
-Each row is the median of several runs of whole processes, each in turn with what it is compared with: a plain copy
-that is as durable (read and written by tifffile, or astropy, synchronized), for a small picture the import of the
-libraries alone, and for a hundred pictures in one process a process for each. Beside the seconds stands the processor
-time. For deflate the time of the encoder alone, on all cores, stands in the last column.
+Each row has medians of several runs of whole processes. Each run alternates with a run of another command: a plain
+copy, which is as durable (tifffile or astropy reads, writes and synchronizes); for a small picture, only the imports;
+for a hundred pictures in one process, one process for each. "ratio" is the median of the ratios of such pairs.
+"processor" is the processor time. For deflate, the last column is the time of the encoder alone, on all cores.
+
+The program runs as pip installs it, from compiled bytecode. As a script, Python compiles it each time.
 
 usage: speed.py [--runs N] [--folder DIR] [--quick | --gigapixel] [RMGRADIENT.py]
 """
@@ -13,7 +15,9 @@ import argparse
 import contextlib
 import os
 import platform
+import py_compile
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -140,9 +144,10 @@ def main():
     print(f'{len(os.sched_getaffinity(0))} cores, {processor}; Python {platform.python_version()}, '
           f'numpy {np.__version__}, tifffile {tifffile.__version__}; medians of {options.runs} runs\n')
     rule = ' '.join('=' * n for n in (14, 13, 6, 8, 9, 8, 8, 9, 9))
-    names = f"{'file':14} {'pixels':13} points {'time':8} processor {'memory':8} {'beside':8} time/it   encoder"
+    names = f"{'file':14} {'pixels':13} points {'time':8} processor {'memory':8} {'compared':8} ratio     encoder"
     print(rule, names, rule, sep='\n')
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        program = install(options.script, Path(folder, 'installed'))
         for name, width, height, n_points, arguments, writing, rows in cases:
             is_fits = writing is None
             if is_fits:
@@ -151,43 +156,54 @@ def main():
                 make_picture(Path(folder, 'in.tif'), width, height, rows, **writing)
             points = ['-p', *map(str, draw_points(n_points, width, height).ravel())] if n_points else []
             files = ['-i', 'in.fits', '-o', 'out.fits'] if is_fits else ['-i', 'in.tif', '-o', 'out.tif']
-            command = [sys.executable, str(options.script), '-q', *files, *arguments, *points]
+            command = [sys.executable, program, '-q', *files, *arguments, *points]
             large = width * height > 2e8  # tifffile would read it whole
             copy = IMPORT if name == 'small' else COPY_FITS if is_fits else COPY.format('in.tif')
-            beside = None if large else [sys.executable, '-c', copy]
+            other = None if large else [sys.executable, '-c', copy]
             alone = statistics.median(run([sys.executable, '-c', ENCODE.format('in.tif')], folder)[0]
                                       for _ in range(options.runs)) if name == 'deflate out' else None
-            print_row(name, f'{width} x {height}', n_points, command, beside, 1 if large else options.runs, folder,
+            print_row(name, f'{width} x {height}', n_points, command, other, 1 if large else options.runs, folder,
                       alone)
-        hundred_pictures(options, folder, 10 if options.quick else 100)
+        hundred_pictures(program, options, folder)
     print(rule)
 
 
-def print_row(name, pixels, n_points, command, beside, n_runs, folder, encoder=None):
-    """Run two commands in turn, and print a row of medians; `beside` may be None."""
+def print_row(name, pixels, n_points, command, other, n_runs, folder, encoder=None):
+    """Run a command and another one in turn, and print a row of medians. The other one may be None."""
     ours, others = [], []
     for _ in range(n_runs):
-        if beside:
-            others.append(run(beside, folder))
+        if other:
+            others.append(run(other, folder))
         ours.append(run(command, folder))
         for path in Path(folder).glob('*.*'):
             if path.is_file() and path.stem in ('out', 'copy'):
                 path.unlink()
     took, used, memory = (statistics.median(values) for values in zip(*ours))
-    other = statistics.median(seconds for seconds, *_ in others) if beside else None
+    compared = statistics.median(seconds for seconds, *_ in others) if other else None
+    ratio = statistics.median(our[0] / their[0] for our, their in zip(ours, others)) if other else None
     print(f'{name:14} {pixels:13} {n_points or "":<6} {f"{took:.2f} s":8} {f"{used:.2f} s":9} {f"{memory:.0f} MB":8} '
-          f'{f"{other:.2f} s" if beside else "":8} {f"{took / other:.2f}" if beside else "":9} '
+          f'{f"{compared:.2f} s" if other else "":8} {f"{ratio:.2f}" if other else "":9} '
           f'{f"{encoder:.2f} s" if encoder else ""}', flush=True)
 
 
-def hundred_pictures(options, folder, n):
-    """Print a row of many pictures in one process, beside one process each."""
+def install(script, folder):
+    """Compile a script as pip does, and return the path of a command that runs it."""
+    folder.mkdir()
+    shutil.copy(script, folder / 'rmgradient.py')
+    py_compile.compile(folder / 'rmgradient.py')
+    (folder / 'rmgradient').write_text('import sys\nfrom rmgradient import run\nsys.exit(run())\n')
+    return str(folder / 'rmgradient')
+
+
+def hundred_pictures(program, options, folder):
+    """Print a row of many pictures in one process, compared with one process for each."""
+    n = 10 if options.quick else 100
     for name in ('night', 'corrected'):
         Path(folder, name).mkdir()
     for i in range(n):
         make_picture(Path(folder, 'night', f'{i:03}.tif'), 1000, 800)
     Path(folder, 'points').write_text('\n'.join(f'{x} {y}' for x, y in draw_points(40, 1000, 800)))
-    command = [sys.executable, str(options.script), '-q', '--overwrite', '-o', 'corrected', '-f', 'points', '-i']
+    command = [sys.executable, program, '-q', '--overwrite', '-o', 'corrected', '-f', 'points', '-i']
     pictures = [str(path) for path in sorted(Path(folder, 'night').iterdir())]
     script = Path(folder, 'each.sh')
     script.write_text('\n'.join(shlex.join([*command, picture]) for picture in pictures))

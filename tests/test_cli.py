@@ -330,7 +330,7 @@ def test_not_a_number_in_a_window(cli):
     assert cli('-q') == 0  # one pixel costs nothing
     sky[:, x - 9:] = np.inf
     tifffile.imwrite('sky.tif', sky, photometric='rgb')
-    assert re.search(r'sky.tif: point \(\d+, \d+\) has', cli.fails('--overwrite', match=' % of what is averaged'))
+    assert re.search(r'sky.tif: point \(\d+, \d+\) has', cli.fails('--overwrite', match=' % of the averaged area'))
 
 
 def test_not_a_number_elsewhere_stays(cli):

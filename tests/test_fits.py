@@ -104,7 +104,7 @@ def test_nan_stays_and_is_no_data(run):
     sky[:, :40] = np.nan
     fits.writeto('sky.fits', planes(sky), overwrite=True)
     run.cli.fails('-i', 'sky.fits', '-o', 'x.fits', points=['-p', *words(points)],
-                  match='point (37, 65) has data at only 38 % of what is averaged within 24 pixels')
+                  match='point (37, 65) has data at only 38 % of the averaged area (24 pixels')
 
 
 @pytest.mark.parametrize(('dtype', 'blank'), [('i2', -32768), ('u2', 32767), ('i4', 7), ('u1', 255)])
