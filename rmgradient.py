@@ -4339,8 +4339,7 @@ class TiffImage(FilePicture):
             first_x, last_x = max(left, x), min(right, x + segment_width)
             with self._damage():
                 index = (plane * down + i) * across + j
-                segment = self._segment_rows(index, first - y, last - y, len(indices))
-                segment = segment[:, first_x - x:last_x - x]
+                segment = self._part_of(index, slice(first - y, last - y), slice(first_x - x, last_x - x), len(indices))
                 if segment.shape[:2] != (last - first, last_x - first_x):
                     raise Damage(f'segment {index} is cut short')
             samples = slice(plane, plane + 1) if planes > 1 else slice(None)
@@ -4348,16 +4347,21 @@ class TiffImage(FilePicture):
         with np.errstate(invalid='ignore'):  # signaling NaN
             return invert(window) if self._photometric == 0 else window
 
-    def _segment_rows(self, index, start, stop, n_segments):
-        """Return rows of a strip or tile, counted from its top. The caller needs `n_segments` in all."""
+    def _part_of(self, index, rows, columns, n_segments):
+        """Return rows and columns of a strip or tile, counted from its corner. The caller needs `n_segments` in all."""
         if not self._is_plain:
-            return self._decode_once(index, n_segments)[start:stop]
+            return self._decode_once(index, n_segments)[rows, columns]
         dtype = self.dtype.newbyteorder(self._bytes.byteorder)
         _, width, planes, _, _ = self._grid
-        samples = self.n_samples // planes
-        row = width * samples * dtype.itemsize
-        data = self._bytes.read(self._page.dataoffsets[index] + start * row, (stop - start) * row)
-        return np.frombuffer(data, dtype).reshape(stop - start, width, samples)
+        samples, offset = self.n_samples // planes, self._page.dataoffsets[index]
+        pixel = samples * dtype.itemsize
+        n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start
+        if 16 * n_columns < width:  # a window around a point: 0.09 instead of 0.3 ms if rows have 6000 pixels
+            data = b''.join(self._bytes.read(offset + (y * width + columns.start) * pixel, n_columns * pixel)
+                            for y in range(rows.start, rows.stop))
+            return np.frombuffer(data, dtype).reshape(n_rows, n_columns, samples)
+        data = self._bytes.read(offset + rows.start * width * pixel, n_rows * width * pixel)
+        return np.frombuffer(data, dtype).reshape(n_rows, width, samples)[:, columns]
 
     def _decode_once(self, index, n_segments):
         """Return a decoded segment. The last ones are kept, since groups of rows and segments overlap."""
