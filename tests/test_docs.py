@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import scipy.interpolate
 import tifffile
 from helpers import ROOT
 
@@ -182,6 +183,34 @@ def test_dask_corrects_on_two_processes(tmp_path):
     assert done.stdout == "['night/c.tif']\n", done.stderr
     assert 'rmgradient: error: night/c.tif: is not a TIFF or FITS picture' in done.stderr
     assert sorted(os.listdir(tmp_path / 'corrected')) == ['a.tif', 'b.tif']
+
+
+@pytest.mark.skipif(not shutil.which('xargs'), reason='needs xargs')
+def test_old_command_gives_the_old_result(tmp_path):
+    """The command of the page for users of 2019, and its way written out: each pixel is the same."""
+    text = (ROOT / 'docs' / 'from2019.rst').read_text(encoding='utf-8')
+    command, = re.findall('^    (cat input_points.+)$', text, re.MULTILINE)
+    sky = tifffile.imread(ROOT / 'test_data' / 'sky.tif')[:200, :300]
+    tifffile.imwrite(tmp_path / 'image.tif', sky, photometric='rgb')
+    points = np.array([(30, 30), (150, 40), (270, 30), (40, 100), (260, 110), (30, 170), (140, 160), (270, 170),
+                       (-90, -90)])
+    (tmp_path / 'input_points').write_text('\n'.join(f'{x} {y}' for x, y in points) + '\n')
+    shutil.copy(ROOT / 'rmgradient.py', tmp_path)
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, 'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}'})
+    assert done.returncode == 0, done.stderr
+    weights = np.exp(-np.arange(-24, 25) ** 2 / (2 * 8.0**2))
+    weights = np.outer(weights, weights) / weights.sum() ** 2
+    levels = []
+    for x, y in points:
+        window = sky[y - 24:y + 25, x - 24:x + 25].astype(float)
+        levels.append(np.einsum('ij,ijk->k', weights, window) if x > 0 else levels[-1])
+    y, x = np.mgrid[:200, :300]
+    expected = sky.astype(float)
+    for channel, values in enumerate(np.transpose(levels)):
+        background = scipy.interpolate.Rbf(*np.abs(points.T), values, function='multiquadric', smooth=0.1)(x, y)
+        expected[..., channel] -= background - background.min()
+    assert (tifffile.imread(tmp_path / 'output.tif') == np.clip(np.rint(expected), 0, 65535)).all()
 
 
 def test_example_of_a_format_works(tmp_path, monkeypatch):
