@@ -102,7 +102,7 @@ def how_to_install(packages):
     python = 'python' if os.path.dirname(shutil.which('python') or '') == os.path.dirname(sys.executable) else \
         shlex.quote(sys.executable)
     folders = sys.prefix.replace('\\', '/').split('/')
-    if folders[-3:-1] == ['pipx', 'venvs']:
+    if folders[-3:-1] == ['pipx', 'venvs'] or os.path.exists(os.path.join(sys.prefix, 'pipx_metadata.json')):
         return f'pipx inject {folders[-1]} {packages}'
     if any(folder.startswith('environments-v') for folder in folders):  # of `uv run rmgradient.py`
         return f'uv run --with {packages} rmgradient.py'

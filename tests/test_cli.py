@@ -599,6 +599,14 @@ def test_hints_fit_how_it_was_installed(monkeypatch, prefix, executable, has_pip
     assert rg.how_to_install('astropy') == expected
 
 
+def test_hint_for_pipx_in_another_home(monkeypatch, tmp_path):
+    """As with PIPX_HOME: the environment has a file of pipx."""
+    (tmp_path / 'rmgradient').mkdir()
+    (tmp_path / 'rmgradient' / 'pipx_metadata.json').touch()
+    monkeypatch.setattr(sys, 'prefix', str(tmp_path / 'rmgradient'))
+    assert rg.how_to_install('astropy') == 'pipx inject rmgradient astropy'
+
+
 def test_hint_for_the_python_of_the_system(monkeypatch, tmp_path):
     """Into which pip refuses to write."""
     monkeypatch.setattr(sys, 'prefix', sys.base_prefix)
