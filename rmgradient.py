@@ -510,7 +510,7 @@ def make_points(pairs: ArrayLike, sources: Sequence[str] = (), least: int = 3) -
     except (TypeError, ValueError, OverflowError) as error:
         raise RmgradientError('points are not pairs of numbers') from error
     if pairs.size == 0:
-        raise RmgradientError('no points; give at least three')
+        raise RmgradientError(f'no points; give at least {"three" if least > 1 else "one"}')
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise RmgradientError(f'points of shape {pairs.shape} are not pairs of coordinates')
     if len(pairs) > MOST_POINTS:
@@ -520,6 +520,8 @@ def make_points(pairs: ArrayLike, sources: Sequence[str] = (), least: int = 3) -
         raise RmgradientError('points are not all numbers of pixels')
     if np.signbit(pairs[0]).any():
         raise RmgradientError('the first point has a minus sign: an isoline begins with a point without one')
+    if len(sources) not in (0, len(pairs)):
+        raise RmgradientError(f'{len(sources)} sources for {len(pairs)} points; give one for each, or none')
     points, seen = unchecked_points(pairs, sources), {}
     for i, place in enumerate(zip(points.x.tolist(), points.y.tolist())):
         if (first := seen.setdefault(place, i)) != i:
@@ -1660,7 +1662,7 @@ def fit_background(measured: Measured, smooth: float | str = 'auto') -> Fit:
     """
     points, levels = measured.points, measured.levels
     if len(levels) < 2:
-        raise RmgradientError(f'{len(levels)} points are too few for a surface; give at least three')
+        raise RmgradientError('a surface needs at least two points')
     if Settings(smooth=smooth).is_adaptive:
         # Residuals far below the noise come from an exact reference. They would determine the shape alone.
         adaptive = choose_model(points, levels, EXACT * np.median(measured.noise, axis=0))
@@ -4973,8 +4975,8 @@ def turn_sign(values, dtype):
 
 # Other files, by their first bytes, and how to convert them.
 OTHER_FORMATS = {
-    rb'\xff\xd8\xff': 'is a JPEG picture of 8 bits; save the original as TIFF or FITS, or run: convert FILE STEM.tif',
-    rb'\x89PNG': 'is a PNG picture; save the original as TIFF or FITS, or run: convert FILE STEM.tif',
+    rb'\xff\xd8\xff': 'is a JPEG picture of 8 bits; save the original as TIFF or FITS, or run: convert FILE TARGET',
+    rb'\x89PNG': 'is a PNG picture; save the original as TIFF or FITS, or run: convert FILE TARGET',
     rb'XISF0': 'is an XISF picture; save it as FITS or TIFF with PixInsight or Siril',
     rb'8BPS': 'is a Photoshop picture; save it as TIFF',
     rb'SIMPLE  = +F': 'is not a standard FITS file',
@@ -5003,8 +5005,10 @@ def open_picture(path: str | os.PathLike[str]) -> Picture:
         raise RmgradientError('is empty')
     for pattern, what in OTHER_FORMATS.items():
         if re.match(pattern, head, re.DOTALL):
-            stem = shlex.quote(os.path.splitext(path)[0])
-            raise RmgradientError(what.replace('FILE', shlex.quote(path)).replace('STEM', stem))
+            stem, ending = os.path.splitext(path)
+            # The advice must not replace the picture, as it would if a JPEG is called .tif.
+            target = shlex.quote(f'{stem}{"_converted" * (ending.lower() == ".tif")}.tif')
+            raise RmgradientError(what.replace('FILE', shlex.quote(path)).replace('TARGET', target))
     if head.startswith(b'\x1f\x8b'):
         return FitsImage(path, gunzip(path))
     for kind in FORMATS:

@@ -3,6 +3,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -597,6 +598,15 @@ def test_hints_fit_how_it_was_installed(monkeypatch, prefix, executable, has_pip
     monkeypatch.setattr(sys, 'executable', f'{prefix}/{executable}')
     monkeypatch.setattr(rg.importlib.util, 'find_spec', lambda name: has_pip or None)
     assert rg.how_to_install('astropy') == expected
+
+
+@pytest.mark.parametrize('name', ['j.tif', 'J.TIF', "it's.tif"])
+def test_advice_does_not_replace_the_picture(cli, name):
+    """A JPEG that is called .tif: what it is converted to has another name, also if letters have no case."""
+    (cli.folder / name).write_bytes(b'\xff\xd8\xff\xe0'.ljust(5000, b'\0'))
+    line = cli.fails('-i', name, match='is a JPEG picture')
+    command = shlex.split(line.partition('run: ')[2])
+    assert command == ['convert', name, f'{name[:-4]}_converted.tif']
 
 
 def test_hint_for_pipx_in_another_home(monkeypatch, tmp_path):

@@ -81,6 +81,20 @@ def test_one_number_a_line():
         rg.parse_points_file(['1', '2', '3'])
 
 
+def test_sources_are_one_for_each_point():
+    with pytest.raises(rg.RmgradientError, match='1 sources for 3 points; give one for each, or none'):
+        rg.make_points([(1, 2), (3, 4), (1, 2)], sources=['a'])
+
+
+def test_what_is_needed_is_said():
+    with pytest.raises(rg.RmgradientError, match='no points; give at least three'):
+        rg.make_points([])
+    with pytest.raises(rg.RmgradientError, match='no points; give at least one'):
+        rg.choose_points(np.ones((200, 300)), given=[])
+    with pytest.raises(rg.RmgradientError, match='a surface needs at least two points'):
+        rg.fit_background(rg.measure_levels(np.ones((200, 300)), rg.make_points([(90, 90)], least=1)))
+
+
 def test_one_point_is_enough_beside_others():
     assert len(rg.make_points([(1, 2)], least=1).x) == 1
     with pytest.raises(rg.RmgradientError, match='no points'):
