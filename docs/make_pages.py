@@ -89,9 +89,13 @@ def main():
     make_manual(folder / 'rmgradient.1')
 
 
+def options_of(actions, chosen=lambda action: True):
+    return [option for action in actions if chosen(action) for option in action.option_strings]
+
+
 def bash_completion(actions):
     def pattern(chosen):
-        return '|'.join(option for action in actions if chosen(action) for option in action.option_strings)
+        return '|'.join(options_of(actions, chosen))
 
     def takes_files(action):
         return action.dest in FILES
@@ -104,7 +108,7 @@ def bash_completion(actions):
         'ONE': pattern(lambda action: takes_files(action) and action.nargs is None),
         'CHOICES': '\n'.join(choices),
         'OTHER': pattern(lambda action: action.nargs is None and not takes_files(action) and action.dest not in WORDS),
-        'OPTIONS': ' '.join(option for action in actions for option in action.option_strings)}
+        'OPTIONS': ' '.join(options_of(actions))}
     return re.sub('|'.join(parts), lambda found: parts[found[0]], BASH)
 
 
@@ -123,8 +127,7 @@ def zsh_completion(actions):
             text += f'{many}:{what}:{offered}'
         star = '*' if action.dest in ('input', 'points') else ''
         lines += [f"  '{star}{option}{text}'" for option in action.option_strings]
-    options = ' '.join(option for action in actions for option in action.option_strings)
-    return ZSH.replace('OPTIONS', options).replace('LINES', ' \\\n'.join(lines))
+    return ZSH.replace('OPTIONS', ' '.join(options_of(actions))).replace('LINES', ' \\\n'.join(lines))
 
 
 def make_manual(path):
@@ -135,7 +138,7 @@ def make_manual(path):
     subprocess.run([sys.executable, '-c', 'from argparse_manpage.cli import main; main()',
                     *(f'--{name}={value}' for name, value in options.items())],
                    check=True, env={**os.environ, 'COLUMNS': '100'})
-    page = path.read_text().replace('python rmgradient.py', 'rmgradient')
+    page = path.read_text()
     parts = r'(^Exit status:\n.*?\n\n)(^Examples:\n\n.*?)(?=^\.SH)'
     before, status, examples, after = re.split(parts, page, maxsplit=1, flags=re.MULTILINE | re.DOTALL)
     status = status.replace('Exit status:\n', '.SH EXIT STATUS\n')

@@ -508,6 +508,10 @@ def test_zoomed_result_is_that_of_the_pixels(sky):
     shown = editor.right.images[0]
     assert shown.get_extent() == [999.5, 1200.5, 1100.5, 999.5]
     assert_allclose(shown.get_array(), 255 * expected, atol=2)
+    before = shown.get_array().copy()
+    editor.left.set_xlim(-900, -700)  # out of the picture: what was visible last stays
+    editor.update()
+    assert_array_equal(shown.get_array(), before)
     plt.close('all')
 
 
